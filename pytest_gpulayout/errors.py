@@ -1,0 +1,138 @@
+"""Everything this package raises on purpose.
+
+::
+
+    GpuLayoutError
+    ├── LayoutSyntaxError        text of a layout or requirement that cannot be read (text, column)
+    ├── UnsupportedLayoutError   a valid layout that this version does not start
+    ├── TopologyError            devices could not be listed, or are too few
+    │   └── TopologyFormatError  a recorded topology that cannot be read (source, line, column)
+    ├── WorkloadError            a workload that is unknown or does not make sense
+    ├── EvidenceError            NCCL or vLLM logs that cannot be read
+    ├── BaselineError
+    │   ├── BaselineNotFound     nothing is stored under the key
+    │   ├── BaselineCorrupt      a file that is not the document its schema describes
+    │   └── BaselineForeign      a file whose key is not the key that was asked for
+    ├── ServerError              command, exit code and the end of the server's log come along
+    │   ├── ServerStartFailed
+    │   ├── ServerStartTimeout
+    │   └── ServerExited         it was ready, and then went away
+    └── MeasurementError         no samples, or requests that failed
+
+A message has four parts: what was required, what was found, where, and what to type next. An exception is
+the absence of a verdict; "the link is PHB and NVLink was required" is a value, not an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GpuLayoutError(Exception):
+    """Base of all errors of this package; its text is complete without a traceback."""
+
+
+class LayoutSyntaxError(GpuLayoutError):
+    """A layout (or link requirement) that does not follow its grammar.
+
+    :param text: what was to be read.
+    :param column: 1-based column of the first character that does not fit.
+    :param reason: what was expected there.
+    """
+
+    def __init__(self, text: str, column: int, reason: str) -> None:
+        self.text = text
+        self.column = column
+        self.reason = reason
+        super().__init__(f"{reason}\n  {text}\n  {' ' * (column - 1)}^ column {column}")
+
+
+class UnsupportedLayoutError(GpuLayoutError):
+    """A layout that is well formed, but that this version cannot start."""
+
+
+class TopologyError(GpuLayoutError):
+    """The devices or the links between them could not be determined."""
+
+
+class TopologyFormatError(TopologyError):
+    """A recorded topology that cannot be read without guessing.
+
+    :param source: file name or ``"<text>"``.
+    :param line: 1-based line, 0 when the file as a whole is meant.
+    :param column: 1-based column, 0 when the line as a whole is meant.
+    """
+
+    def __init__(self, reason: str, *, source: str, line: int = 0, column: int = 0) -> None:
+        self.source = source
+        self.line = line
+        self.column = column
+        place = source + (f", line {line}" if line else "") + (f", column {column}" if column else "")
+        super().__init__(f"{reason}\n  in {place}")
+
+
+class WorkloadError(GpuLayoutError):
+    """A workload that is unknown, or whose numbers do not fit together."""
+
+
+class EvidenceError(GpuLayoutError):
+    """A log that should hold evidence, and cannot be read."""
+
+
+class BaselineError(GpuLayoutError):
+    """A stored baseline that cannot be used; :attr:`path` says which."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        self.path = path
+        super().__init__(message)
+
+
+class BaselineNotFound(BaselineError):
+    """Nothing is stored under this key."""
+
+
+class BaselineCorrupt(BaselineError):
+    """The file is not JSON, or not the document its schema describes."""
+
+
+class BaselineForeign(BaselineError):
+    """The file belongs to another key than the one that was asked for."""
+
+
+class ServerError(GpuLayoutError):
+    """A vLLM server that did not do what was needed.
+
+    :param message: one sentence, the cause first.
+    :param command: the argument list, without secrets.
+    :param exit_code: of the server's main process, ``None`` while it runs; negative for a signal.
+    :param log_tail: last lines of the server's log, newest last.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: Sequence[str] = (),
+        exit_code: int | None = None,
+        log_tail: Sequence[str] = (),
+    ) -> None:
+        self.command = tuple(command)
+        self.exit_code = exit_code
+        self.log_tail = tuple(log_tail)
+        super().__init__(message)
+
+
+class ServerStartFailed(ServerError):
+    """The server went away, or proved to be something else, before it was ready."""
+
+
+class ServerStartTimeout(ServerError):
+    """The server was not ready in the time it was given."""
+
+
+class ServerExited(ServerError):
+    """A server that had been ready is gone."""
+
+
+class MeasurementError(GpuLayoutError):
+    """A measurement without samples, or with requests that failed."""
