@@ -212,7 +212,8 @@ class _Parser:
             )
         if layout.gpus % layout.nodes:
             raise self._error(
-                f"{layout.gpus} GPUs cannot be spread evenly over {layout.nodes} nodes", at=self._text.index("@")
+                f"{layout.gpus} GPUs cannot be spread evenly over {layout.nodes} nodes",
+                at=self._text.index("@"),
             )
 
     def _error(self, reason: str, *, at: int | None = None) -> LayoutSyntaxError:

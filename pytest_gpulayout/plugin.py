@@ -1,1 +1,214 @@
-"""Placeholder."""
+"""The pytest plugin: options, markers and fixtures. Thin, and light: nothing heavy is imported without a layout.
+
+Fixtures call one function of the run's :class:`~pytest_gpulayout.session.GpuSession`, which exists only when
+``--gpu-layout`` (or its ini key) names a layout.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_gpulayout import options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from pytest_gpulayout.gate import PlacedLayout
+    from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.measurement import Measurement
+    from pytest_gpulayout.servers import ModelSpec, ServerView
+    from pytest_gpulayout.session import GpuSession
+    from pytest_gpulayout.tolerance import Tolerance
+    from pytest_gpulayout.topology import LinkRequirement
+    from pytest_gpulayout.transport import TransportReport
+    from pytest_gpulayout.verdict import Verdict
+    from pytest_gpulayout.workload import Workload
+
+SESSION = pytest.StashKey["GpuSession"]()
+
+_MARKERS = (
+    'gpu_layout(*specs, link=None): run for these layouts only, such as "tp2"; link is the worst link class allowed',
+    'gpu_model(id, **vllm_args): serve this model, e.g. gpu_model("org/name", max_model_len=4096)',
+    "gpu_workload(name_or_dict): measure this workload, a name or a dict with requests, concurrency, ...",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    options.declare(parser)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Declare the hooks by which a conftest replaces parts of the gate."""
+    from pytest_gpulayout import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers, and the session object where layouts were asked for."""
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    if not options.layouts_wanted(config):
+        return
+    if getattr(config.option, "dist", "no") in ("load", "worksteal"):
+        config.option.dist = "loadgroup"  # tests of one server belong to one worker
+    settings = options.settings_from_config(config)
+    from pytest_gpulayout.session import GpuSession
+
+    session = GpuSession(config, settings)
+    config.stash[SESSION] = session
+    config.pluginmanager.register(session, "gpulayout-session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests that need a layout when none was asked for."""
+    if SESSION not in config.stash:
+        from pytest_gpulayout.collection import skip_without_layouts
+
+        skip_without_layouts(items)
+
+
+@pytest.fixture(scope="session")
+def gpu_session(request: pytest.FixtureRequest) -> GpuSession:
+    """The run's state; skips without ``--gpu-layout``. For plugins; tests use the fixtures below."""
+    session = request.config.stash.get(SESSION, None)
+    if session is None:
+        pytest.skip("needs a GPU layout: run with --gpu-layout=tp1")
+    return session
+
+
+@pytest.fixture(scope="session")
+def gpu_layout(request: pytest.FixtureRequest) -> Layout:
+    """The layout under test; a test that uses it runs once for each layout of ``--gpu-layout``."""
+    if SESSION not in request.config.stash:
+        pytest.skip("needs a GPU layout: run with --gpu-layout=tp1")
+    if not hasattr(request, "param"):
+        pytest.fail("gpu_layout was asked for at run time: name it, or vllm_server, among the test's arguments")
+    layout: Layout = request.param
+    return layout
+
+
+@pytest.fixture
+def gpu_model(request: pytest.FixtureRequest, gpu_session: GpuSession) -> ModelSpec | None:
+    """The model to serve: of the ``gpu_model`` marker, else of ``--gpu-model``. Override it to choose by code."""
+    from pytest_gpulayout.servers import ModelSpec
+
+    marker = request.node.get_closest_marker("gpu_model")
+    if marker is None:
+        return ModelSpec(gpu_session.settings.model) if gpu_session.settings.model else None
+    try:
+        return ModelSpec(options.check_model(*marker.args), options.marker_arguments(marker.kwargs))
+    except ValueError as error:
+        return gpu_session.fail(f"marker gpu_model: {error}")
+
+
+@pytest.fixture
+def gpu_vllm_args(gpu_session: GpuSession) -> tuple[str, ...]:
+    """More arguments for ``vllm serve``: those of ``--gpu-vllm-args``. Override it to add some by code."""
+    return gpu_session.settings.vllm_args
+
+
+@pytest.fixture
+def gpu_link(request: pytest.FixtureRequest, gpu_session: GpuSession) -> LinkRequirement:
+    """The worst link allowed: of the ``gpu_layout`` marker, else of ``--gpu-link``."""
+    marker = request.node.get_closest_marker("gpu_layout")
+    if marker is None or marker.kwargs.get("link") is None:
+        return gpu_session.settings.link
+    from pytest_gpulayout.topology import parse_requirement
+
+    with gpu_session.reporting():
+        return parse_requirement(marker.kwargs["link"])
+
+
+@pytest.fixture
+def gpu_workload(request: pytest.FixtureRequest, gpu_session: GpuSession) -> Workload:
+    """The workload to measure: of the ``gpu_workload`` marker, else of ``--gpu-workload``."""
+    from pytest_gpulayout.workload import as_workload
+
+    marker = request.node.get_closest_marker("gpu_workload")
+    if marker is None:
+        return gpu_session.settings.workload
+    with gpu_session.reporting():
+        return as_workload(*marker.args)
+
+
+@pytest.fixture
+def gpu_tolerances(gpu_session: GpuSession) -> Mapping[str, Tolerance]:
+    """The gated metrics and how much worse each may get: those of ``--gpu-tolerance``."""
+    return gpu_session.settings.tolerances
+
+
+@pytest.fixture
+def gpu_topology(
+    request: pytest.FixtureRequest, gpu_session: GpuSession, gpu_layout: Layout, gpu_link: LinkRequirement
+) -> PlacedLayout:
+    """The devices chosen for the layout, in rank order, with the links between them and ``violations``."""
+    with gpu_session.reporting():
+        return gpu_session.place(request.node, gpu_layout, gpu_link)
+
+
+@pytest.fixture
+def vllm_server(
+    request: pytest.FixtureRequest,
+    gpu_session: GpuSession,
+    gpu_topology: PlacedLayout,
+    gpu_model: ModelSpec | None,
+    gpu_vllm_args: tuple[str, ...],
+) -> Iterator[ServerView]:
+    """A running vLLM of the layout: ``url``, ``client``, ``log``, ``pids``; started once for tests that share it."""
+    from pytest_gpulayout.servers import ServerView
+
+    with gpu_session.reporting():
+        gpu_session.serve(request.node, gpu_topology, gpu_model, gpu_vllm_args)
+    view = ServerView(gpu_session.servers)
+    yield view
+    view.close()
+
+
+@pytest.fixture
+def transport_report(
+    request: pytest.FixtureRequest, gpu_session: GpuSession, vllm_server: ServerView
+) -> TransportReport:
+    """What the ranks talk over, with evidence; fails on a transport that is not allowed and on missing evidence."""
+    with gpu_session.reporting():
+        return gpu_session.transport(request.node, vllm_server.server)
+
+
+@pytest.fixture
+def measure(
+    gpu_session: GpuSession,
+    gpu_topology: PlacedLayout,
+    gpu_model: ModelSpec,
+    gpu_workload: Workload,
+    vllm_server: ServerView,
+) -> Callable[..., Measurement]:
+    """``measure(workload=None)`` sends a workload (default: ``gpu_workload``) and returns the measurement."""
+    from pytest_gpulayout.workload import as_workload
+
+    def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
+        with gpu_session.reporting():
+            wanted = gpu_workload if workload is None else as_workload(workload)
+            return gpu_session.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
+
+    return measure
+
+
+@pytest.fixture
+def perf_gate(
+    request: pytest.FixtureRequest,
+    gpu_session: GpuSession,
+    vllm_server: ServerView,  # noqa: ARG001 - a verdict may need fresh starts of it
+    gpu_tolerances: Mapping[str, Tolerance],
+) -> Callable[[Measurement], Verdict]:
+    """``perf_gate(measurement)`` judges against the baseline; fails on a regression, no baseline, invalid numbers."""
+
+    def perf_gate(measurement: Measurement) -> Verdict:
+        with gpu_session.reporting():
+            return gpu_session.judge(request.node, measurement, gpu_tolerances)
+
+    return perf_gate

@@ -1,0 +1,83 @@
+"""Which tests need a layout, for which layouts they run, and in what order: each server must start only once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from pytest_gpulayout.errors import GpuLayoutError
+from pytest_gpulayout.layout import Layout, parse_layout
+
+FIXTURE = "gpu_layout"
+
+
+def parametrize(metafunc: pytest.Metafunc, layouts: Sequence[Layout]) -> None:
+    """Parametrise a test that uses the fixture, or is marked for layouts, over the layouts asked for."""
+    if FIXTURE not in metafunc.fixturenames:
+        if metafunc.definition.get_closest_marker(FIXTURE) is None:
+            return
+        metafunc.fixturenames.append(FIXTURE)
+    metafunc.parametrize(FIXTURE, layouts, ids=str, indirect=True, scope="session")
+
+
+def layout_of(item: pytest.Item) -> Layout | None:
+    """The layout a test is parametrised with, ``None`` for other tests."""
+    callspec = getattr(item, "callspec", None)
+    layout = callspec.params.get(FIXTURE) if callspec is not None else None
+    return layout if isinstance(layout, Layout) else None
+
+
+def server_group(item: pytest.Item) -> str | None:
+    """Name shared by the tests that use one server, as far as collection can tell; ``None`` for other tests."""
+    layout = layout_of(item)
+    if layout is None:
+        return None
+    marker = item.get_closest_marker("gpu_model")
+    model = "" if marker is None else repr((marker.args, sorted(marker.kwargs.items())))
+    return f"{layout} {model}".strip()
+
+
+def deselect_and_group(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests whose marker names other layouts; tell pytest-xdist which tests share a server."""
+    deselected = [item for item in items if not _wanted(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
+    if not config.pluginmanager.has_plugin("xdist"):
+        return
+    for item in items:
+        if (group := server_group(item)) is not None and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _wanted(item: pytest.Item) -> bool:
+    layout, marker = layout_of(item), item.get_closest_marker(FIXTURE)
+    if layout is None or marker is None or not marker.args:
+        return True
+    try:
+        return layout in [parse_layout(spec) for spec in marker.args]
+    except GpuLayoutError as error:
+        raise pytest.UsageError(f"marker gpu_layout of {item.nodeid}: {error}") from error
+
+
+def sort_by_server(items: list[pytest.Item], layouts: Sequence[Layout]) -> None:
+    """Put the tests of one server side by side: by layout as asked for, then by model as first met.
+
+    Tests that need no layout keep their places.
+    """
+    places = [place for place, item in enumerate(items) if layout_of(item) is not None]
+    tests = [items[place] for place in places]
+    groups = {group: number for number, group in enumerate(dict.fromkeys(map(server_group, tests)))}
+    order = {layout: number for number, layout in enumerate(layouts)}
+    tests.sort(key=lambda item: (order.get(layout_of(item) or Layout(), len(order)), groups[server_group(item)]))
+    for place, item in zip(places, tests, strict=True):
+        items[place] = item
+
+
+def skip_without_layouts(items: Sequence[pytest.Item]) -> None:
+    """Skip the tests that need a layout when none was asked for, and say what to type."""
+    reason = "needs a GPU layout: run with --gpu-layout=tp1 (without GPUs add --gpu-platform=cpu)"
+    for item in items:
+        if FIXTURE in getattr(item, "fixturenames", ()) or item.get_closest_marker(FIXTURE) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,33 @@
+"""The built-in gate: links, transport and speed of one model in one or several layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pytest_gpulayout.gate import PlacedLayout
+from pytest_gpulayout.measurement import Measurement
+from pytest_gpulayout.servers import ServerView
+from pytest_gpulayout.session import GpuSession
+from pytest_gpulayout.transport import TransportReport
+from pytest_gpulayout.verdict import Verdict
+
+
+def test_links(gpu_session: GpuSession, gpu_topology: PlacedLayout) -> None:
+    """The GPUs that communicate are linked as required."""
+    gpu_session.check_links(gpu_topology)
+
+
+def test_layout(vllm_server: ServerView) -> None:
+    """A server comes up, answers, and proves that it runs the layout."""
+    assert vllm_server.fingerprint
+    assert vllm_server.pids
+
+
+def test_transport(transport_report: TransportReport) -> None:
+    """Every pair of ranks that must talk does, and not over a forbidden transport."""
+    assert transport_report.verdict != "no-evidence"
+
+
+def test_performance(measure: Callable[[], Measurement], perf_gate: Callable[[Measurement], Verdict]) -> None:
+    """Latency and throughput lie within the stored baseline."""
+    perf_gate(measure())

@@ -1,0 +1,46 @@
+"""Hooks by which a conftest or another plugin replaces a part of the gate. Each is called once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.options import Settings
+    from pytest_gpulayout.ports import LoadDriver, ServerLauncher, TopologySource
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_topology_source(settings: Settings, layout: Layout | None) -> TopologySource | None:
+    """Return where devices and links come from; called for each layout, and with ``None`` for the header.
+
+    Example: every test runs on a machine that is described in code::
+
+        def pytest_gpulayout_topology_source(settings, layout):
+            return FakeTopologySource(gpus=8, link="NV18")
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_server_launcher(settings: Settings, log_dir: Path) -> ServerLauncher | None:
+    """Return what starts servers.
+
+    Example: servers are started by the site's own tool::
+
+        def pytest_gpulayout_server_launcher(settings, log_dir):
+            return KubernetesLauncher(namespace="ci", log_dir=log_dir)
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_load_driver(settings: Settings) -> LoadDriver | None:
+    """Return what sends the load.
+
+    Example: a unit test of a suite, without any server::
+
+        def pytest_gpulayout_load_driver(settings):
+            return FakeLoadDriver(ttft_ms=20, tpot_ms=5)
+    """

@@ -1,0 +1,293 @@
+"""Values -> lines of text and JSON documents; prints nothing.
+
+A failure has four parts: what was required, what was found (number, unit, n), where, what to type next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pytest_gpulayout.metrics import METRICS, vllm_result
+from pytest_gpulayout.verdict import AdvisoryChange, MetricVerdict, Status, Verdict
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.gate import PlacedLayout
+    from pytest_gpulayout.measurement import Measurement
+    from pytest_gpulayout.ports import Server
+    from pytest_gpulayout.transport import TransportReport, TransportViolation
+
+RESULTS_SCHEMA_VERSION = 1
+
+Record = dict[str, Any]
+"""One finding of one test as JSON; ``kind`` is ``server``, ``topology``, ``transport`` or ``performance``."""
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 start``, ``2 starts``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def devices_text(placed: PlacedLayout) -> str:
+    """``2 x NVIDIA H200 (GPU 0, 1)``, or the cores of each rank."""
+    if placed.topology.platform == "cpu":
+        return "; ".join(f"rank {rank} on {device.name}" for rank, device in enumerate(placed.devices))
+    names = ", ".join(sorted({device.name or "unknown GPU" for device in placed.devices}))
+    indices = ", ".join(str(device.index) for device in placed.devices)
+    return f"{len(placed.devices)} x {names} (GPU {indices})"
+
+
+def source_text(placed: PlacedLayout) -> str:
+    """Where the topology comes from; a recorded one is called so everywhere."""
+    return f"recorded in {placed.topology.source}" if placed.topology.recorded else placed.topology.source
+
+
+def worst_link_text(placed: PlacedLayout) -> str:
+    """The worst link between ranks that communicate."""
+    if not placed.links:
+        return "none needed"
+    worst = placed.topology.worst(_device_pairs(placed))
+    return "unknown" if worst is None else str(worst)
+
+
+def link_failure(placed: PlacedLayout) -> str:
+    """Say which links are worse than required."""
+    lines = [f"links of class {placed.requirement} or better are required between GPUs that communicate"]
+    lines += [
+        f"  rank {v.rank_a} - rank {v.rank_b}: {v.found or 'unknown'} (device {v.device_a} - device {v.device_b})"
+        for v in placed.violations
+    ]
+    lines.append(f"  layout {placed.layout} on {devices_text(placed)}, topology from {source_text(placed)}")
+    lines.append(
+        "  look at the wiring: nvidia-smi topo -m; choose other GPUs: --gpu-devices=...; accept it: --gpu-link=any"
+    )
+    return "\n".join(lines)
+
+
+def transport_failure(
+    layout: object, report: TransportReport, violations: Sequence[TransportViolation], allowed: object
+) -> str:
+    """Say which transport is forbidden, or what evidence is missing."""
+    lines = [f"transports allowed between ranks: {allowed}; every communicating pair must show one"]
+    lines += [f"  found: {violation}" for violation in violations]
+    if not violations:
+        lines.append(f"  found: {report.verdict}, {report.summary()}")
+    for finding in report.findings:
+        lines += [f"  {finding.cause}", f"    {finding.file}:{finding.line}: {finding.text}", f"    {finding.advice}"]
+    lines.append(f"  layout {layout}")
+    lines.append("  allow it: --gpu-transport=LIST; see more: NCCL_DEBUG=INFO, and /dev/shm of the container")
+    return "\n".join(lines)
+
+
+def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str]:
+    """Say what a performance gate found, worst metric first.
+
+    :param where: layout, devices and model in one line. :param update_command: what accepts the change.
+    """
+    order = (Status.REGRESSION, Status.INCONCLUSIVE, Status.IMPROVEMENT, Status.PASS)
+    lines = [line for status in order for m in verdict.metrics if m.status is status for line in metric_lines(m)]
+    if verdict.status in (Status.INVALID, Status.NO_BASELINE, Status.INCONCLUSIVE):
+        lines = [f"{verdict.status}: {reason}" for reason in verdict.reasons] + lines
+    lines += [f"  changed since the baseline: {change}" for change in verdict.changed]
+    if verdict.provisional:
+        lines.append("  provisional: fewer than 5 stored sessions, the spread rests mostly on the documented prior")
+    lines += [f"  {where}", f"  {verdict.baseline_path}"]
+    if verdict.status is Status.INVALID:
+        lines.append("  nothing was judged or stored: mend the cause and run again")
+    elif verdict.metrics:
+        lines.append(f"  accept it: {update_command}")
+    return lines
+
+
+def metric_lines(metric: MetricVerdict) -> list[str]:
+    """One metric: value, limit and evidence."""
+    unit, better = METRICS[metric.name].unit, METRICS[metric.name].better
+    factor = 1 + metric.tolerance if better == "lower" else 1 - metric.tolerance
+    sign, word = ("<=", "+") if better == "lower" else (">=", "-")
+    return [
+        f"{metric.status}: {metric.name} {quantity(metric.current, unit)}, "
+        f"allowed {sign} {quantity(metric.baseline * factor, unit)} "
+        f"(baseline {quantity(metric.baseline, unit)} {word} {metric.tolerance:.0%})",
+        f"    change {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}, "
+        f"n = {plural(metric.n_current, 'start')} against {metric.n_baseline}, "
+        f"smallest change that could be seen {metric.min_detectable:.1%}",
+    ]
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three significant digits and the unit."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
+    return f"{value:.{digits}f} {unit}"
+
+
+# -- records -----------------------------------------------------------------------------------------------------
+
+
+def server_record(server: Server) -> Record:
+    """What a server is, and proved."""
+    return {
+        "kind": "server",
+        "layout": str(server.spec.layout),
+        "model": server.spec.model,
+        "command": list(server.command),
+        "vllm_version": server.proof.vllm_version,
+        "system_fingerprint": server.proof.fingerprint,
+        "start_s": round(server.proof.start_s, 1),
+        "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
+    }
+
+
+def topology_record(placed: PlacedLayout) -> Record:
+    """Which devices a layout runs on, and the links between those that communicate."""
+    return {
+        "kind": "topology",
+        "layout": str(placed.layout),
+        "source": placed.topology.source,
+        "recorded": placed.topology.recorded,
+        "devices": [
+            {"rank": rank, "index": d.index, "name": d.name, "uuid": d.uuid, "cpu_affinity": d.cpu_affinity}
+            for rank, d in enumerate(placed.devices)
+        ],
+        "links": [
+            {"a": a, "b": b, "class": None if link is None else str(link)}
+            for (a, b), link in zip(placed.layout.communicating_pairs(), placed.links, strict=True)
+        ],
+        "worst": worst_link_text(placed),
+        "required": str(placed.requirement),
+        "ok": not placed.violations,
+    }
+
+
+def transport_record(layout: object, report: TransportReport, violations: Sequence[TransportViolation]) -> Record:
+    """What the ranks talk over."""
+    return {
+        "kind": "transport",
+        "layout": str(layout),
+        **report.to_document(),
+        "summary": report.summary(),
+        "violations": [str(violation) for violation in violations],
+        "ok": not violations and report.verdict != "no-evidence",
+    }
+
+
+def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
+    """What was measured, and what was found; ``runs`` are vLLM's own result documents, one per server start."""
+    identity = measurement.identity
+    return {
+        "kind": "performance",
+        "layout": identity.key.layout,
+        "workload": measurement.workload.to_document(),
+        "verdict": str(verdict.status),
+        "stored": verdict.stored,
+        "reasons": list(verdict.reasons),
+        "changed": list(verdict.changed),
+        "provisional": verdict.provisional,
+        "metrics": [metric_document(metric) for metric in verdict.metrics],
+        "advisory": [_advisory_document(row) for row in verdict.advisory],
+        "baseline": verdict.baseline_path,
+        "identity": asdict(identity),
+        "runs": [
+            vllm_result(run, measurement.workload, model=identity.key.model["name"]) for run in measurement.runs
+        ],
+    }
+
+
+def metric_document(metric: MetricVerdict) -> Record:
+    """A judged metric with the keys of ``gulayout compare --json`` and more."""
+    return {
+        "name": metric.name,
+        "unit": METRICS[metric.name].unit,
+        "verdict": str(metric.status),
+        "baseline": metric.baseline,
+        "current": metric.current,
+        "change": metric.change,
+        "ci": list(metric.ci),
+        "tolerance": metric.tolerance,
+        "min_detectable": metric.min_detectable,
+        "n_current": metric.n_current,
+        "n_baseline": metric.n_baseline,
+    }
+
+
+def _advisory_document(row: AdvisoryChange) -> Record:
+    return {
+        "name": row.name,
+        "unit": METRICS[row.name].unit,
+        "verdict": None,
+        "baseline": row.baseline,
+        "current": row.current,
+        "change": row.change,
+    }
+
+
+def results_document(records: Iterable[tuple[str, Record]], *, created: str, platform: str, version: str) -> Record:
+    """Gather all records of a run. :param records: (test id, record), in the order they were made."""
+    return {
+        "schema_version": RESULTS_SCHEMA_VERSION,
+        "created": created,
+        "pytest_gpulayout": version,
+        "platform": platform,
+        "records": [{"test": test, **record} for test, record in records],
+    }
+
+
+# -- summary -----------------------------------------------------------------------------------------------------
+
+
+def summary_lines(records: Sequence[tuple[str, Record]]) -> list[str]:
+    """The table at the end: a block per layout with links, transport, server, and every metric."""
+    layouts = dict.fromkeys(record["layout"] for _, record in records)
+    lines: list[str] = []
+    for layout in layouts:
+        of_layout = [(test, record) for test, record in records if record["layout"] == layout]
+        lines += _layout_block(layout, of_layout)
+    return lines
+
+
+def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[str]:
+    last = {record["kind"]: record for _, record in records}
+    facts = []
+    if topology := last.get("topology"):
+        recorded = f" (recorded in {topology['source']})" if topology["recorded"] else ""
+        facts.append(f"worst link {topology['worst']}{recorded}{_flag(topology)}")
+    if transport := last.get("transport"):
+        facts.append(f"transport {transport['summary']}{_flag(transport)}")
+    if server := last.get("server"):
+        facts.append(f"vLLM {server['vllm_version']}, ready in {server['start_s']:.0f} s")
+    lines = [f"{layout}: " + ", ".join(facts)]
+    for test, record in records:
+        if record["kind"] == "performance":
+            lines += _performance_table(test, record)
+    return lines
+
+
+def _flag(record: Record) -> str:
+    return "" if record["ok"] else " FAILED"
+
+
+def _performance_table(test: str, record: Record) -> list[str]:
+    title = f"  {record['workload']['name']}: {record['stored'] or record['verdict']}, "
+    title += f"{plural(len(record['runs']), 'server start')}  [{test}]"
+    rows = [("metric", "value", "baseline", "change", "verdict")]
+    rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [title]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
+        lines.append("    " + "  ".join([*cells, row[4]]).rstrip())
+    if record["metrics"]:
+        lines += [f"    changed since the baseline: {change}" for change in record["changed"]]
+    lines += [f"    {reason}" for reason in record["reasons"]]
+    return lines
+
+
+def _row(metric: Mapping[str, Any], stored: str) -> tuple[str, str, str, str, str]:
+    baseline = "-" if metric["baseline"] is None else quantity(metric["baseline"], metric["unit"])
+    change = "-" if metric["change"] is None else f"{metric['change']:+.1%}"
+    verdict = metric["verdict"] or stored or "not gated"
+    return metric["name"], quantity(metric["current"], metric["unit"]), baseline, change, verdict
+
+
+def _device_pairs(placed: PlacedLayout) -> tuple[tuple[int, int], ...]:
+    return tuple((placed.placement[a], placed.placement[b]) for a, b in placed.layout.communicating_pairs())

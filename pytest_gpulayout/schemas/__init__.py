@@ -1,0 +1,33 @@
+"""The JSON Schemas (draft 2020-12) of the documents this package reads and writes, and the check against them."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """Return a schema by its short name, such as ``topology``.
+
+    :raises FileNotFoundError: this package has no schema of that name.
+    """
+    text = files(__name__).joinpath(f"{name}.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+def validate(document: Any, name: str) -> list[str]:
+    """Return what is wrong with a document, one message per fault in the order of the document.
+
+    :param document: parsed JSON.
+    :param name: short name of the schema.
+    :returns: messages such as ``$.gpus[0].index: 'a' is not of type 'integer'``; empty when all is well.
+    """
+    from jsonschema import Draft202012Validator
+
+    errors = Draft202012Validator(load_schema(name)).iter_errors(document)
+    return [
+        f"{error.json_path}: {error.message}"
+        for error in sorted(errors, key=lambda error: [str(part).zfill(8) for part in error.absolute_path])
+    ]

@@ -1,0 +1,147 @@
+"""Who owns the running server, and what a test sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_gpulayout.errors import ServerError
+from pytest_gpulayout.ports import Server, ServerLauncher, ServerSpec
+
+if TYPE_CHECKING:
+    import requests
+
+    from pytest_gpulayout.live import LiveLine
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The model a test wants. :param arguments: of its marker; they belong to the key of its baselines."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+
+
+class ServerOwner:
+    """Keeps at most one server: the one that the running tests need.
+
+    A server that failed to start is not started again; whoever asks gets the first failure.
+    """
+
+    def __init__(self, launcher: Callable[[], ServerLauncher], live: LiveLine) -> None:
+        self._make_launcher = launcher
+        self._launcher: ServerLauncher | None = None
+        self._live = live
+        self._failures: dict[ServerSpec, ServerError] = {}
+        self.current: Server | None = None
+
+    def get(self, spec: ServerSpec) -> Server:
+        """Return the server of ``spec``, starting it if it does not run.
+
+        :raises ServerError: it does not start, or it has gone away since it was last used.
+        """
+        if self.current is not None and self.current.spec == spec:
+            self._check(self.current)
+            return self.current
+        if spec in self._failures:
+            raise self._failures[spec]
+        self.stop()
+        try:
+            self.current = self._start(spec)
+        except ServerError as error:
+            self._failures[spec] = error
+            raise
+        return self.current
+
+    def restart(self) -> Server:
+        """Replace the current server by a fresh one of the same spec."""
+        assert self.current is not None
+        spec = self.current.spec
+        self.stop()
+        self.current = self._start(spec)
+        return self.current
+
+    def stop(self) -> None:
+        """End the current server, if there is one."""
+        server, self.current = self.current, None
+        if server is not None:
+            self._live.update(f"{server.spec.layout}: stopping the server")
+            server.stop()
+            self._live.clear()
+
+    def _start(self, spec: ServerSpec) -> Server:
+        self._launcher = self._launcher or self._make_launcher()
+        try:
+            server = self._launcher.launch(spec, self._live.update)
+        except KeyboardInterrupt:
+            message = f"interrupted while the server of layout {spec.layout} was loading; it was stopped"
+            raise pytest.exit.Exception(message, returncode=pytest.ExitCode.INTERRUPTED) from None
+        finally:
+            self._live.clear()
+        self._live.say(f"{spec.layout}: vLLM {server.proof.vllm_version} ready in {server.proof.start_s:.0f} s")
+        return server
+
+    def _check(self, server: Server) -> None:
+        try:
+            server.check_alive()
+        except ServerError:
+            self.stop()
+            raise
+
+
+class ServerView:
+    """What the ``vllm_server`` fixture gives: the server that runs now, also after a gate has restarted it."""
+
+    def __init__(self, owner: ServerOwner) -> None:
+        self._owner = owner
+        self._client: requests.Session | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL, e.g. ``http://127.0.0.1:40123``; changes when a gate restarts the server."""
+        return self.server.endpoint.url
+
+    @property
+    def model(self) -> str:
+        """Name that requests must give as ``model``."""
+        return self.server.endpoint.model
+
+    @property
+    def log(self) -> Path:
+        """The server's log file."""
+        return self.server.log
+
+    @property
+    def pids(self) -> Mapping[int, int]:
+        """Process id of each rank, by rank."""
+        return self.server.proof.rank_pids
+
+    @property
+    def fingerprint(self) -> str:
+        """``system_fingerprint`` of its first completion, which proves the layout."""
+        return self.server.proof.fingerprint
+
+    @property
+    def client(self) -> requests.Session:
+        """An HTTP session with the server's key: ``client.post("/v1/completions", json={...})``."""
+        if self._client is None:
+            from pytest_gpulayout.adapters.http_session import open_session
+
+            self._client = open_session(lambda: self.server.endpoint)
+        return self._client
+
+    def close(self) -> None:
+        """Close the client, if a test used it."""
+        if self._client is not None:
+            self._client.close()
+
+    @property
+    def server(self) -> Server:
+        """The port behind this view, for code that needs more than a test should."""
+        if self._owner.current is None:
+            raise ServerError("a running server was required, and it has been stopped; ask for vllm_server again")
+        return self._owner.current

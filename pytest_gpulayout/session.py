@@ -1,0 +1,435 @@
+"""State of one pytest run with layouts: chosen adapters, the running server, records. One object, one owner each.
+
+Registered as a plugin only when a layout was asked for. Imports of adapters happen when they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+from pytest_gpulayout.collection import deselect_and_group, parametrize, server_group, sort_by_server
+from pytest_gpulayout.errors import BaselineError, GpuLayoutError, MeasurementError, ServerError
+from pytest_gpulayout.gate import (
+    NOISE_PRIORS,
+    GateInputs,
+    GatePolicy,
+    PlacedLayout,
+    judge_performance,
+    place_layout,
+    require_launchable,
+)
+from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.live import LiveLine
+from pytest_gpulayout.measurement import Measurement
+from pytest_gpulayout.ports import BaselineStore, LoadDriver, Server, ServerLauncher, ServerSpec, TopologySource
+from pytest_gpulayout.report import (
+    Record,
+    devices_text,
+    link_failure,
+    performance_record,
+    results_document,
+    server_record,
+    summary_lines,
+    topology_record,
+    transport_failure,
+    transport_record,
+    verdict_lines,
+)
+from pytest_gpulayout.servers import ModelSpec, ServerOwner
+from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
+from pytest_gpulayout.verdict import Status, Verdict
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.options import Settings
+    from pytest_gpulayout.tolerance import Tolerance
+    from pytest_gpulayout.topology import LinkRequirement
+    from pytest_gpulayout.workload import Workload
+
+_RECORDS = pytest.StashKey[list[Record]]()
+
+
+class GpuSession:
+    """Hooks and use cases of one run."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self.settings = settings
+        self._config = config
+        self._hook = config.hook
+        self.live = LiveLine(config)
+        self.servers = ServerOwner(self._make_launcher, self.live)
+        self._records: list[tuple[str, Record]] = []
+        self._placed: dict[tuple[Layout, LinkRequirement], PlacedLayout] = {}
+        self._told: dict[str, str] = {}
+        self._log_dir: Path | None = None
+        self._driver: LoadDriver | None = None
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def pytest_report_header(self) -> list[str]:
+        """Say what will be tested on what, with every version that belongs to a number."""
+        from pytest_gpulayout.adapters.host import software_version
+
+        layouts = ", ".join(map(str, self.settings.layouts))
+        versions = ", ".join(
+            f"{label} {software_version(name) or 'not installed'}"
+            for label, name in (("vLLM", "vllm"), ("torch", "torch"), ("NCCL", "nccl"))
+        )
+        return [
+            f"gpu layout: {layouts} on {self.settings.platform}, {self._machine_text()}",
+            f"gpu layout: {versions}",
+            f"gpu layout: baselines in {self.settings.baseline_dir} ({self.settings.baseline_mode})",
+        ]
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Refuse a run that cannot work before anything is started: no GPU and no explicit ``cpu``."""
+        if session.config.option.collectonly or hasattr(session.config, "workerinput"):
+            return
+        try:
+            self.topology_source(None).probe()
+        except GpuLayoutError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+        """Stop the server after the last test, and before one that needs another: its devices are free then."""
+        yield
+        next_group = server_group(nextitem) if nextitem is not None else ""
+        if next_group is not None and next_group != server_group(item):
+            self.servers.stop()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run tests that need a layout once for each."""
+        parametrize(metafunc, self.settings.layouts)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+        """Leave out tests for other layouts, and put tests of one server side by side."""
+        deselect_and_group(config, items)
+        yield
+        sort_by_server(items, self.settings.layouts)
+
+    def pytest_sessionfinish(self) -> None:
+        """Leave nothing running, whatever way the run ended; write the results."""
+        self.servers.stop()
+        self.live.clear()
+        if self.settings.results_file is not None and not hasattr(self._config, "workerinput"):
+            self._write_results(self.settings.results_file)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Attach the records of a test to its report, which pytest-xdist carries to the controller."""
+        report = yield
+        records = item.stash.get(_RECORDS, [])
+        if records:
+            report.gpulayout = list(records)  # type: ignore[attr-defined]
+            records.clear()
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collect records, from this process or from a worker."""
+        self._records += [(report.nodeid, record) for record in getattr(report, "gpulayout", [])]
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """Give verdicts that are no pass their own letter and count."""
+        if report.when != "call" or not report.passed:
+            return None
+        verdicts = [r for r in getattr(report, "gpulayout", []) if r["kind"] == "performance"]
+        if any(record["verdict"] == "inconclusive" for record in verdicts):
+            return "inconclusive", "?", "INCONCLUSIVE"
+        if any(record["stored"] for record in verdicts):
+            return "baseline recorded", "b", "BASELINE RECORDED"
+        if any(record["verdict"] == "no-baseline" for record in verdicts):
+            return "not judged", "o", "NOT JUDGED"
+        return None
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the table of all layouts."""
+        if not self._records:
+            return
+        terminalreporter.section("gpu layout")
+        for line in summary_lines(self._records):
+            terminalreporter.write_line(line)
+        if self.settings.results_file is not None:
+            terminalreporter.write_line(f"results: {self.settings.results_file}")
+
+    # -- use cases, called by the fixtures -----------------------------------------------------------------------
+
+    def place(self, item: pytest.Item, layout: Layout, requirement: LinkRequirement) -> PlacedLayout:
+        """Choose the devices of a layout; the same answer for the whole run."""
+        key = (layout, requirement)
+        if key not in self._placed:
+            topology = self.topology_source(layout).probe()
+            self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
+            self.record(item, topology_record(self._placed[key]))
+        return self._placed[key]
+
+    def check_links(self, placed: PlacedLayout) -> None:
+        """Fail the test when a link is worse than required."""
+        if placed.violations:
+            self.fail(link_failure(placed))
+
+    def record(self, item: pytest.Item, record: Record) -> None:
+        """Keep a finding for the summary and the results."""
+        item.stash.setdefault(_RECORDS, []).append(record)
+
+    def serve(
+        self, item: pytest.Item, placed: PlacedLayout, model: ModelSpec | None, arguments: tuple[str, ...]
+    ) -> Server:
+        """Return a running server of this layout, model and arguments.
+
+        :raises GpuLayoutError: the links are too bad, the layout cannot be started, no model is named, or the
+            server does not come up.
+        """
+        require_launchable(placed.layout)
+        if model is None:
+            raise ServerError(
+                "a model to serve is required, found none\n  in the command line, the ini file and the markers\n"
+                "  name one: --gpu-model=ID_OR_PATH, or @pytest.mark.gpu_model(...)"
+            )
+        if placed.violations:
+            raise GpuLayoutError(link_failure(placed))
+        known = self.servers.current
+        server = self.servers.get(self._spec(placed, model, arguments))
+        if server is not known:
+            self.record(item, server_record(server))
+        return server
+
+    def _spec(self, placed: PlacedLayout, model: ModelSpec, arguments: tuple[str, ...]) -> ServerSpec:
+        return ServerSpec(
+            layout=placed.layout,
+            model=model.name,
+            arguments=(*arguments, *model.arguments),
+            platform=self.settings.platform,
+            devices=placed.devices,
+            python=sys.executable,
+            start_timeout_s=self.settings.start_timeout_s,
+        )
+
+    def transport(self, item: pytest.Item, server: Server) -> TransportReport:
+        """Collect the evidence of what the ranks talk over, and fail the test on what is forbidden or missing."""
+        report = self.transport_evidence(server)
+        violations = forbidden(report, self.settings.transports)
+        record = transport_record(server.spec.layout, report, violations)
+        self.record(item, record)
+        if not record["ok"]:
+            self.fail(transport_failure(server.spec.layout, report, violations, self.settings.transports))
+        return report
+
+    def transport_evidence(self, server: Server) -> TransportReport:
+        """Read NCCL's logs of the server's processes, or what vLLM's CPU backend shows."""
+        if server.spec.platform == "cpu":
+            from pytest_gpulayout.vllm_log import parse_vllm_log
+
+            with server.log.open(encoding="utf-8", errors="replace") as log:
+                facts = parse_vllm_log(log)
+            return judge_cpu(server.spec.layout, facts, server.mapped_segments())
+        from pytest_gpulayout.nccl_log import merge, parse_nccl_log
+
+        logs = []
+        for path in server.nccl_logs():
+            with path.open("rb") as file:
+                logs.append(parse_nccl_log(file, str(path)))
+        return judge_nccl(merge(logs), server.spec.layout)
+
+    def measure(self, server: Server, placed: PlacedLayout, model: ModelSpec, workload: Workload) -> Measurement:
+        """Measure a workload on the running server.
+
+        :raises GpuLayoutError: nothing could be measured; when the server died, its own cause is the message.
+        """
+        from pytest_gpulayout.adapters.host import identify, model_identity
+
+        identity = identify(
+            placed,
+            model=model_identity(model.name, model.arguments),
+            arguments=server.spec.arguments[: len(server.spec.arguments) - len(model.arguments)],
+            workload=workload,
+            proof=server.proof,
+        )
+        return Measurement(identity, workload, ()).with_run(self._load(server, workload))
+
+    def _load(self, server: Server, workload: Workload) -> Any:
+        self._driver = self._driver or self._make_driver()
+        try:
+            return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self.live.update)
+        except MeasurementError:
+            server.check_alive()  # a dead server explains more than the requests that it left behind
+            raise
+        finally:
+            self.live.clear()
+
+    def judge(self, item: pytest.Item, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> Verdict:
+        """Judge a measurement, record the verdict, and fail the test on what is no pass and no matter of policy."""
+        began = time.monotonic()
+        inputs = GateInputs(
+            store=self._store(),
+            policy=self._policy(tolerances),
+            measure_again=self._measure_again,
+            now_utc=_utc_now,
+            elapsed_s=lambda: time.monotonic() - began + measurement.runs[0].duration_s,
+        )
+        try:
+            verdict, measurement = judge_performance(measurement, inputs)
+        except BaselineError as error:
+            reasons = (str(error).partition("\n")[0],)
+            verdict = Verdict(Status.NO_BASELINE, reasons=reasons, baseline_path=error.path)
+            self.record(item, performance_record(verdict, measurement))
+            raise
+        self.record(item, performance_record(verdict, measurement))
+        failing = {Status.REGRESSION, Status.INVALID}
+        if self.settings.inconclusive == "fail":
+            failing.add(Status.INCONCLUSIVE)
+        if verdict.status in failing:
+            self.fail("\n".join(verdict_lines(verdict, self._where(measurement), self._update_command(item))))
+        return verdict
+
+    def _measure_again(self, measurement: Measurement) -> Measurement:
+        number = len(measurement.runs) + 1
+        layout = measurement.identity.key.layout
+        self.live.say(f"{layout}: {measurement.workload.name}: fresh server start {number}")
+        return measurement.with_run(self._load(self.servers.restart(), measurement.workload))
+
+    def _policy(self, tolerances: Mapping[str, Tolerance]) -> GatePolicy:
+        return GatePolicy(
+            mode=self.settings.baseline_mode,
+            tolerances=tolerances,
+            prior=NOISE_PRIORS[self.settings.platform],
+            starts=self.settings.starts,
+            budget_s=self.settings.budget_s,
+        )
+
+    def _where(self, measurement: Measurement) -> str:
+        server = self.servers.current
+        key = measurement.identity.key
+        devices = ""
+        if server is not None:
+            placed = next((p for p in self._placed.values() if p.devices == server.spec.devices), None)
+            devices = f" on {devices_text(placed)}" if placed else ""
+        return f"layout {key.layout}{devices}, model {key.model['name']}, workload {key.workload['name']}"
+
+    def _update_command(self, item: pytest.Item) -> str:
+        nodeid = item.nodeid.partition("@")[0]
+        return f"pytest --gpu-layout={','.join(map(str, self.settings.layouts))} --gpu-baseline=update '{nodeid}'"
+
+    # -- failing -------------------------------------------------------------------------------------------------
+
+    def fail(self, message: str) -> NoReturn:
+        """Fail the running test without a traceback; a message that was told before is only referred to."""
+        headline = message.partition("\n")[0]
+        if message in self._told:
+            message = f"{headline}\n  (told in full by {self._told[message]})"
+        else:
+            self._told[message] = _current_test(self._config)
+        pytest.fail(message, pytrace=False)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turn the package's errors into a failed test with their own message."""
+        message = ""
+        try:
+            yield
+        except GpuLayoutError as error:
+            message = str(error)
+        if message:  # outside of the handler, so that pytest shows no chain of exceptions
+            self.fail(message)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def topology_source(self, layout: Layout | None) -> TopologySource:
+        """Where devices come from. :param layout: whose ranks share the cores on the CPU platform."""
+        source = self._hook.pytest_gpulayout_topology_source(settings=self.settings, layout=layout)
+        if source is not None:
+            return source  # type: ignore[no-any-return]
+        if self.settings.topology_file is not None:
+            from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
+
+            return RecordedTopology(self.settings.topology_file)
+        if self.settings.platform == "cpu":
+            import os
+
+            from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, CpuTopology
+
+            return CpuTopology(layout.ranks if layout else 1, os.environ.get(BIND_VARIABLE))
+        from pytest_gpulayout.adapters.nvml import NvmlTopology
+
+        return NvmlTopology()
+
+    def _make_launcher(self) -> ServerLauncher:
+        log_dir = self._server_log_dir()
+        launcher = self._hook.pytest_gpulayout_server_launcher(settings=self.settings, log_dir=log_dir)
+        if launcher is not None:
+            return launcher  # type: ignore[no-any-return]
+        from pytest_gpulayout.adapters.vllm_process import VllmLauncher
+
+        return VllmLauncher(log_dir)
+
+    def _server_log_dir(self) -> Path:
+        if self._log_dir is None:
+            factory: pytest.TempPathFactory = self._config._tmp_path_factory  # type: ignore[attr-defined]
+            self._log_dir = factory.mktemp("gpulayout")
+        return self._log_dir
+
+    def _make_driver(self) -> LoadDriver:
+        driver = self._hook.pytest_gpulayout_load_driver(settings=self.settings)
+        if driver is not None:
+            return driver  # type: ignore[no-any-return]
+        from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
+
+        return OpenAiStreamDriver()
+
+    def _store(self) -> BaselineStore:
+        from pytest_gpulayout.adapters.baseline_files import open_baselines
+
+        return open_baselines(self.settings.baseline_dir)
+
+    def _machine_text(self) -> str:
+        from pytest_gpulayout.adapters.host import cpu_summary
+
+        try:
+            topology = self.topology_source(None).probe()
+        except GpuLayoutError as error:
+            return str(error).partition("\n")[0]
+        if topology.platform == "cpu":
+            return f"{cpu_summary()} (vLLM's CPU build)"
+        names = ", ".join(dict.fromkeys(device.name or "unknown GPU" for device in topology.devices))
+        pairs = list(topology.links)
+        worst = topology.worst(pairs) if pairs else None
+        source = f"recorded in {topology.source}" if topology.recorded else f"driver {topology.driver_version}"
+        return f"{len(topology.devices)} x {names}, worst link {worst or 'none'}, {source}"
+
+    def _write_results(self, path: Path) -> None:
+        from importlib.metadata import version
+
+        from pytest_gpulayout.schemas import validate
+
+        document = results_document(
+            self._records,
+            created=_utc_now(),
+            platform=self.settings.platform,
+            version=version("pytest-gpulayout"),
+        )
+        problems = validate(document, "results")
+        assert not problems, problems
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _current_test(config: pytest.Config) -> str:
+    import os
+
+    return os.environ.get("PYTEST_CURRENT_TEST", str(config.rootpath)).rpartition(" ")[0]
+
+
+def _utc_now() -> str:
+    from pytest_gpulayout.adapters.host import utc_now
+
+    return utc_now()

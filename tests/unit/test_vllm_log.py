@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import pytest
+
+from pytest_gpulayout.vllm_log import LogRecord, VllmLogFacts, error_cause, parse_record, parse_vllm_log
+
+API = "(APIServer pid=30) "
+ENGINE = "(EngineCore pid=31) "
+WORKER = "(Worker_TP1 pid=33) "
+CODE = '  File "/venv/vllm/x.py", line 7, in run\n    run()\n    ^^^^^'
+TRACEBACK = "Traceback (most recent call last):"
+
+
+def logged(prefix: str, text: str, level: str = "ERROR") -> list[str]:
+    """Lines as vLLM's logger writes them, each of a text of several lines with the prefix."""
+    return [f"{prefix}{level} 11-21 03:43:40 [core.py:99] {line}" for line in text.split("\n")]
+
+
+def raised(exception: str, *, before: str = "") -> str:
+    return f"{before}{TRACEBACK}\n{CODE}\n{exception}"
+
+
+@pytest.mark.parametrize(
+    ("line", "record"),
+    [
+        (
+            "(Worker_TP0 pid=3504) INFO 11-21 03:43:40 [parallel_state.py:1906] world_size=2",
+            LogRecord("Worker_TP0", 3504, "INFO", "world_size=2"),
+        ),
+        (
+            "(EngineCore pid=1) ERROR 11-21 03:43:40 [core.py:999]     raise RuntimeError(",
+            LogRecord("EngineCore", 1, "ERROR", "    raise RuntimeError("),
+        ),
+        (
+            "(EngineCore_DP0 pid=7) (RayWorkerWrapper pid=9, ip=192.0.2.3) WARNING 11-12 11:11:57 [a.py:1] text",
+            LogRecord("RayWorkerWrapper", 9, "WARNING", "text"),
+        ),
+        ("INFO 01-15 08:10:11 [pynccl.py:103] text", LogRecord("", None, "INFO", "text")),
+        (
+            "2025-11-21T03:43:40.1Z stdout F (APIServer pid=5) INFO 11-21 03:43:40 [a.py:1] text\r",
+            LogRecord("APIServer", 5, "INFO", "text"),
+        ),
+        (
+            "\x1b[1;36m(APIServer pid=5)\x1b[0m INFO 11-21 03:43:40 [a.py:1] text",
+            LogRecord("APIServer", 5, "INFO", "text"),
+        ),
+        ("(EngineCore_0 pid=8) Process EngineCore_0:", LogRecord("EngineCore_0", 8, "", "Process EngineCore_0:")),
+        ("killed VLLM (Worker pid=9) here", LogRecord("", None, "", "killed VLLM (Worker pid=9) here")),
+        ("", LogRecord("", None, "", "")),
+    ],
+)
+def test_record(line: str, record: LogRecord) -> None:
+    facts = parse_vllm_log([line])
+
+    assert parse_record(line.replace("\x1b[1;36m", "").replace("\x1b[0m", "")) == record
+    assert facts.processes == ({record.pid: record.process} if record.pid else {})
+
+
+def test_facts_of_a_server_with_two_ranks() -> None:
+    lines = [
+        f"{API}INFO 11-21 03:43:16 [api_utils.py:347]  ▄▄ ▄█ █     █     █ ▀▄▀ █  version 0.32.0",
+        f"{ENGINE}INFO 11-21 03:43:32 [ompmultiprocessing.py:185] \tlocal_rank=0, core ids=[0, 1]",
+        f"{ENGINE}INFO 11-21 03:43:32 [ompmultiprocessing.py:185] \tlocal_rank=1, core ids=[2]",
+        "(Worker pid=33) INFO 11-21 03:43:40 [parallel_state.py:1906] world_size=2 rank=1 local_rank=1 "
+        "distributed_init_method=tcp://127.0.0.1:29611 backend=nccl",
+        "(Worker pid=32) INFO 11-21 03:43:40 [parallel_state.py:2350] rank 0 in world size 2 is assigned as "
+        "DP rank 0, PP rank 0, PCP rank 0, TP rank 0, ETP rank 0, EP rank N/A, EPLB rank N/A",
+        "(Worker pid=32) INFO 11-21 03:43:41 [pynccl.py:148] vLLM is using nccl==2.27.7",
+        "(Worker pid=32) INFO 11-21 03:43:41 [cuda_communicator.py:340] Using ['CUSTOM', 'PYNCCL'] all-reduce "
+        "backends (in dispatch order) for group 'tp:0' out of potential backends: ['CUSTOM', 'PYNCCL'].",
+        "(Worker pid=32) WARNING 11-21 03:43:41 [custom_all_reduce.py:270] Custom allreduce is disabled because it's "
+        "not supported on more than two PCIe-only GPUs. To silence this warning, specify "
+        "disable_custom_all_reduce=True explicitly.",
+        f"{WORKER}INFO 11-21 03:43:41 [cpu_model_runner.py:68] Starting to load model",
+    ]
+
+    facts = parse_vllm_log(lines, "server.log")
+
+    assert (facts.vllm_version, facts.nccl_version) == ("0.32.0", "2.27.7")
+    assert facts.processes == {30: "APIServer", 31: "EngineCore", 32: "Worker", 33: "Worker_TP1"}
+    assert facts.cpu_cores == {0: (0, 1), 1: (2,)}
+    assert facts.all_reduce == {"tp:0": ("CUSTOM", "PYNCCL")}
+    (rank,) = facts.ranks
+    assert (rank.pid, rank.rank, rank.local_rank, rank.world_size) == (33, 1, 1, 2)
+    assert (rank.init_method, rank.backend) == ("tcp://127.0.0.1:29611", "nccl")
+    assert (rank.evidence.file, rank.evidence.line) == ("server.log", 4)
+    (assignment,) = facts.assignments
+    assert (assignment.rank, assignment.places["TP"], assignment.places["EP"]) == (0, 0, None)
+    assert "more than two PCIe-only GPUs" in facts.custom_all_reduce_off[0].text
+
+
+def test_group_whose_shared_memory_is_off() -> None:
+    facts = parse_vllm_log(
+        [
+            "(Worker pid=9) INFO 11-21 04:07:12 [cpu_communicator.py:47] CPU SHM communicator disabled for group "
+            "tp:0: ranks do not share the same SHM group name, falling back to torch.distributed."
+        ]
+    )
+
+    (fact,) = facts.cpu_shm_off
+    assert (fact.pid, fact.group, fact.evidence.line) == (9, "tp:0", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("INFO 11-21 03:43:31 [core.py:133] Initializing a V1 LLM engine (v0.32.1rc1) with config: x", "0.32.1rc1"),
+        ("INFO 01-15 08:10:11 [api_server.py:9] vLLM API server version 0.10.2", "0.10.2"),
+        ("INFO 01-15 08:10:11 [other.py:9] transformers version 4.57.0", None),
+    ],
+)
+def test_version(line: str, version: str | None) -> None:
+    assert parse_vllm_log([line]).vllm_version == version
+
+
+def test_nothing_to_read_is_a_value() -> None:
+    assert parse_vllm_log([]) == VllmLogFacts()
+    assert error_cause([]) is None
+    assert (
+        error_cause([f"{API}INFO 11-21 03:44:57 [launcher.py:254] [shutdown] API server: shutdown triggered"]) is None
+    )
+
+
+HEADS = "Value error, Total number of attention heads (4) must be divisible by tensor parallel size (3)."
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        pytest.param(raised("RuntimeError: no such kernel"), "RuntimeError: no such kernel", id="runtime error"),
+        pytest.param(
+            raised("OSError: [Errno 98] Address already in use"),
+            "OSError: [Errno 98] Address already in use",
+            id="port taken",
+        ),
+        pytest.param(
+            raised("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+            id="dotted name",
+        ),
+        pytest.param(raised("AssertionError"), "AssertionError", id="without a text"),
+        pytest.param(
+            raised(
+                "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"
+                f"  {HEADS} [type=value_error, input_value=ArgsKwargs((), ...), input_type=ArgsKwargs]\n"
+                "    For further information visit https://errors.pydantic.dev/2.14/v/value_error"
+            ),
+            f"ValidationError: {HEADS}",
+            id="pydantic, whole model",
+        ),
+        pytest.param(
+            raised(
+                "pydantic_core._pydantic_core.ValidationError: 2 validation errors for ModelConfig\n"
+                "max_model_len\n"
+                "  Input should be greater than 0 [type=greater_than, input_value=0, input_type=int]\n"
+                "dtype\n"
+                "  Input should be a string [type=string_type, input_value=0, input_type=int]"
+            ),
+            "ValidationError: max_model_len: Input should be greater than 0",
+            id="pydantic, field",
+        ),
+        pytest.param(
+            raised("KeyError: 'x'")
+            + "\n\nDuring handling of the above exception, another exception occurred:\n\n"
+            + raised("ValueError: unknown quantization x"),
+            "ValueError: unknown quantization x",
+            id="a lookup that was handled",
+        ),
+        pytest.param(
+            raised("torch.OutOfMemoryError: CUDA out of memory.")
+            + "\n\nThe above exception was the direct cause of the following exception:\n\n"
+            + raised("RuntimeError: warming up the sampler failed"),
+            "torch.OutOfMemoryError: CUDA out of memory.",
+            id="the root of a chain",
+        ),
+        pytest.param(
+            raised("RuntimeError: first") + "\n" + raised("RuntimeError: second"),
+            "RuntimeError: first",
+            id="the first of several",
+        ),
+        pytest.param(
+            f"  + Exception Group {TRACEBACK}\n  |   File \"x.py\", line 1, in f\n  |     f()\n  | ValueError: inner",
+            "ValueError: inner",
+            id="exception group",
+        ),
+        pytest.param(
+            f"{TRACEBACK}\n{CODE}\nINFO:     Shutting down\nValueError: no", "ValueError: no", id="uvicorn in between"
+        ),
+        pytest.param(
+            "usage: api_server.py [-h]\napi_server.py: error: unrecognized arguments: --foo",
+            "error: unrecognized arguments: --foo",
+            id="argparse",
+        ),
+        pytest.param("python3: No module named vllm", "python3: No module named vllm", id="no vllm"),
+        pytest.param("Killed", "Killed", id="killed by a shell"),
+        pytest.param(
+            "a:1:2 [0] NCCL WARN Call to posix_fallocate failed : No space left on device\n"
+            + raised("torch.distributed.DistBackendError: NCCL error in: NCCLUtils.cpp:94, unhandled system error"),
+            "a:1:2 [0] NCCL WARN Call to posix_fallocate failed : No space left on device",
+            id="NCCL's own warning explains NCCL's error",
+        ),
+    ],
+)  # fmt: skip
+def test_cause_in_one_process(text: str, cause: str) -> None:
+    assert error_cause(text.split("\n")) == cause
+
+
+def test_cause_in_a_worker_goes_before_what_followed_from_it() -> None:
+    lines = [
+        *logged(API, raised("RuntimeError: a request was refused")),
+        *logged(WORKER, "WorkerProc failed to start.\n" + raised("RuntimeError: Cannot find any model weights")),
+        *logged(
+            ENGINE, raised("Exception: WorkerProc initialization failed due to an exception in a background process.")
+        ),
+        *raised("RuntimeError: Engine core initialization failed. See root cause above.").split("\n"),
+    ]
+
+    assert error_cause(lines) == "RuntimeError: Cannot find any model weights"
+
+
+def test_cause_in_the_engine_goes_before_the_api_server() -> None:
+    dead = "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)"
+    lines = [*logged(API, raised("ValueError: later")), *logged(ENGINE, raised("ValueError: KV cache is too small"))]
+
+    assert error_cause([*lines, *logged(API, raised(dead))]) == "ValueError: KV cache is too small"
+    assert error_cause(logged(API, raised(dead))) is None
+
+
+def test_tracebacks_of_several_workers_may_interleave() -> None:
+    one = logged("(Worker_TP0 pid=40) ", raised("RuntimeError: Connection closed by peer [192.0.2.1]:4000"))
+    two = logged("(Worker_TP1 pid=41) ", raised("ValueError: the cause"))
+    lines = [line for pair in zip(one, two, strict=True) for line in pair]
+
+    assert error_cause(lines) == "ValueError: the cause"
+    assert error_cause(one) == "RuntimeError: Connection closed by peer [192.0.2.1]:4000"
+
+
+def test_signal_goes_before_the_engine_that_noticed() -> None:
+    died = "Worker proc VllmWorker-1 died unexpectedly (exit code: -9), shutting down executor."
+    lines = [*logged(ENGINE, died), *logged(ENGINE, raised("RuntimeError: Executor failed."))]
+
+    assert error_cause(lines) == died
+
+
+def test_warnings_are_no_cause() -> None:
+    assert error_cause(logged(WORKER, raised("ImportError: no flashinfer"), level="WARNING")) is None
