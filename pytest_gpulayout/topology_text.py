@@ -162,7 +162,7 @@ class _Reader:
             source=self._source,
             recorded=True,
             platform=_platform(found),
-            p2p=tuple(status for table in tables["p2p"] for status in self._statuses(table)),
+            p2p=tuple(dict.fromkeys(status for table in tables["p2p"] for status in self._statuses(table))),
         )
 
     def _tables(self) -> Iterator[_Table]:
@@ -206,10 +206,16 @@ class _Reader:
         """A table of affinities ends where it ends; another one that is not complete is refused."""
         if table is None or not table.rows:
             return
-        missing = [gpu for gpu in table.header.gpus if gpu not in table.rows]
+        gpus = table.header.gpus
+        if len(set(gpus)) < len(gpus):
+            raise self._error(
+                f"each GPU once was expected in the header, found {', '.join(gpus)}",
+                _Cell("", table.header.line, 0),
+            )
+        missing = [gpu for gpu in gpus if gpu not in table.rows]
         if missing:
             raise self._error(
-                f"a row for each of the {len(table.header.gpus)} GPUs of the header was expected, found none for "
+                f"a row for each of the {len(gpus)} GPUs of the header was expected, found none for "
                 f"{', '.join(missing)}",
                 _Cell("", table.header.line, 0),
             )

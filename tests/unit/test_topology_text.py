@@ -247,6 +247,7 @@ def test_excerpt_with_affinity_only_has_no_links() -> None:
         (TRIPLE.replace("GPU1\tNV4", "GPU0\tNV4"), 3, 1, "one row for GPU0 was expected, found a second"),
         (TRIPLE.replace("GPU2\tNIC0", "NIC0", 1), 2, 18, "has more cells than the header in line 1 has devices (3)"),
         (TRIPLE.replace("GPU2\t", "GP2\t", 1), 4, 1, "a column for GPU2 was expected in the header in line 1"),
+        ("\tGPU0\tGPU0\nGPU0\t X \tSYS\n", 1, 0, "each GPU once was expected in the header"),
         (TRIPLE + TRIPLE.replace("NV4", "SYS"), 6, 0, "found a table that differs from the one in line 1"),
         ("nvidia-smi topo -mp\n" + TRIPLE, 2, 0, "found topo -mp, which shows PCIe only and never NVLink"),
         (P2P.replace("OK", "NS", 1), 3, 7, "(NS), found OK"),
