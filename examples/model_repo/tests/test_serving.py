@@ -1,0 +1,36 @@
+"""What this team asks of its model's servers, in every layout it deploys."""
+
+import pytest
+
+CHAT = {"input_tokens": 64, "output_tokens": 32, "concurrency": 4, "requests": 24, "batches": 4, "name": "chat"}
+
+
+def test_links(gpu_session, gpu_topology):
+    """The GPUs that talk to each other are wired as --gpu-link asks."""
+    gpu_session.check_links(gpu_topology)
+
+
+def test_answers(vllm_server):
+    """The server answers, and says which layout it runs."""
+    body = {"model": vllm_server.model, "prompt": "The bridge is", "max_tokens": 4}
+    response = vllm_server.client.post("/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200
+    assert response.json()["usage"]["completion_tokens"] > 0
+    assert response.json()["system_fingerprint"] == vllm_server.fingerprint
+
+
+@pytest.mark.gpu_layout("tp2")
+def test_one_process_per_rank(vllm_server):
+    """Only for tp2: it is left out when another layout runs."""
+    assert sorted(vllm_server.pids) == [0, 1]
+
+
+def test_transport(transport_report):
+    """No pair of ranks falls back to a TCP socket."""
+    assert "NET/Socket" not in " ".join(transport_report.transports)
+
+
+@pytest.mark.gpu_workload(CHAT)
+def test_chat_speed(measure, perf_gate):
+    """Latency and throughput of our usual load lie within the stored baseline."""
+    perf_gate(measure())
