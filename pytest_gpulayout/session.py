@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.options import Settings
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.topology import LinkRequirement
+    from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()
@@ -255,9 +257,11 @@ class GpuSession:
             workload=workload,
             proof=server.proof,
         )
-        return Measurement(identity, workload, ()).with_run(self._load(server, workload))
+        run = self._load(server, workload)
+        covariates = {**identity.covariates, "client scheduling": run.scheduling}
+        return Measurement(replace(identity, covariates=covariates), workload, (run,))
 
-    def _load(self, server: Server, workload: Workload) -> Any:
+    def _load(self, server: Server, workload: Workload) -> RunTrace:
         self._driver = self._driver or self._make_driver()
         try:
             return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self.live.update)

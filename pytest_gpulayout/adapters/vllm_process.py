@@ -262,7 +262,7 @@ class VllmServer:
 
     def _last_log_message(self) -> str:
         lines = _tail(self.log, 4)
-        return _LOG_PREFIX.sub("", lines[-1])[:60] if lines else "no output yet"
+        return _LOG_PREFIX.sub("", lines[-1]).strip()[:60] if lines else "no output yet"
 
     def _error(self, kind: type[ServerError], headline: str, otherwise: str = "") -> ServerError:
         """Build the one message a user gets: what was required, the cause from the log, where, what to do next.
