@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pytest_gpulayout.errors import BaselineCorrupt
-from pytest_gpulayout.schemas import validate
+from pytest_gpulayout.schemas import read_document
 from pytest_gpulayout.verdict import MetricSample
 
 SCHEMA_VERSION = 1
@@ -98,10 +98,15 @@ class Baseline:
 
 
 def baseline_to_text(baseline: Baseline) -> str:
-    """Write the document: the key indented, one line per session, a newline at the end."""
+    """Write the document: the key indented, one line per session, a newline at the end.
+
+    :raises BaselineCorrupt: it could not be read back, and so must not be stored.
+    """
     sessions = ",\n".join("  " + json.dumps(asdict(session), sort_keys=True) for session in baseline.sessions)
     key = json.dumps(asdict(baseline.key), indent=2, sort_keys=True).replace("\n", "\n ")
-    return f'{{\n "schema_version": {SCHEMA_VERSION},\n "key": {key},\n "sessions": [\n{sessions}\n ]\n}}\n'
+    text = f'{{\n "schema_version": {SCHEMA_VERSION},\n "key": {key},\n "sessions": [\n{sessions}\n ]\n}}\n'
+    baseline_from_text(text, baseline.key.path)
+    return text
 
 
 def baseline_from_text(text: str, path: str) -> Baseline:
@@ -110,11 +115,8 @@ def baseline_from_text(text: str, path: str) -> Baseline:
     :param path: where it came from, for messages.
     :raises BaselineCorrupt: not JSON, not the document of the schema, or a value that is no positive number.
     """
-    try:
-        document = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise _corrupt(path, f"it is not JSON ({error})") from error
-    if problems := validate(document, "baseline"):
+    document, problems = read_document(text, "baseline")
+    if problems:
         raise _corrupt(path, "; ".join(problems[:3]))
     key = BaselineKey(**document["key"])
     return Baseline(key, tuple(_session(item) for item in document["sessions"]))
@@ -128,10 +130,6 @@ def _session(item: Mapping[str, Any]) -> BaselineSession:
     return BaselineSession(item["recorded"], item["epoch"], item["sut"], item["covariates"], runs)
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a measurement")
-
-
 def _corrupt(path: str, reason: str) -> BaselineCorrupt:
     return BaselineCorrupt(
         f"a baseline document was required, and this file is none: {reason}\n  in {path}\n"
@@ -143,9 +141,9 @@ def _corrupt(path: str, reason: str) -> BaselineCorrupt:
 def safe_name(text: str) -> str:
     """Turn any text into one portable file name; texts that had to be changed get a hash, so that none collide."""
     name = _UNSAFE.sub("-", text).strip("-.")[:_LONGEST_NAME]
-    if name == text:
+    if name and name == text:
         return name
-    return f"{name or 'x'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{name or 'x'}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _flatten(value: object, prefix: str = "") -> dict[str, object]:

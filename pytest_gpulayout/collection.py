@@ -34,21 +34,16 @@ def server_group(item: pytest.Item) -> str | None:
     if layout is None:
         return None
     marker = item.get_closest_marker("gpu_model")
-    model = "" if marker is None else repr((marker.args, sorted(marker.kwargs.items())))
-    return f"{layout} {model}".strip()
+    model = [] if marker is None else [*marker.args, *(f"{name}={value!r}" for name, value in marker.kwargs.items())]
+    return " ".join(map(str, [layout, *model]))
 
 
-def deselect_and_group(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests whose marker names other layouts; tell pytest-xdist which tests share a server."""
+def deselect_others(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect tests whose marker names other layouts."""
     deselected = [item for item in items if not _wanted(item)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in set(deselected)]
-    if not config.pluginmanager.has_plugin("xdist"):
-        return
-    for item in items:
-        if (group := server_group(item)) is not None and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _wanted(item: pytest.Item) -> bool:
@@ -81,3 +76,9 @@ def skip_without_layouts(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if FIXTURE in getattr(item, "fixturenames", ()) or item.get_closest_marker(FIXTURE) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def layout_in_nodeid(nodeid: str, layouts: Sequence[Layout]) -> Layout | None:
+    """The layout among a test's parameters, as its node id shows it: ``test_speed[tp2]``, ``test_it[a-tp2]``."""
+    parameters = nodeid.rpartition("::")[2].partition("[")[2].partition("]")[0].split("-")
+    return next((layout for layout in layouts if str(layout) in parameters), None)

@@ -2,9 +2,9 @@
 
 Format (vLLM 0.32, ``vllm/entrypoints/serve/utils/fingerprint.py``, mode ``full``)::
 
-    vllm-<version>[-tpN][-ppN][-dpN][-ep]-<8 characters of the configuration's hash>
+    vllm-<version>[-tpN][-ppN][-dpN][-ep]-<8 characters of the configuration's hash, or "nohash">
 
-Sizes of 1 are left out; pcp and dcp do not appear.
+Sizes of 1 are left out; pcp and dcp do not appear. Mode ``hash`` leaves all sizes out and so looks like ``tp1``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Fingerprint:
 
 
 def parse_fingerprint(text: str) -> Fingerprint | None:
-    """Read a fingerprint; ``None`` when it is not vLLM's full form (mode ``hash``, ``custom``, other servers)."""
+    """Read a fingerprint; ``None`` when it does not have vLLM's form (mode ``custom``, other servers)."""
     match = _FULL.fullmatch(text)
     if match is None:
         return None

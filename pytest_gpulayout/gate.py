@@ -5,18 +5,19 @@ Returns values; turning them into pytest outcomes is the plugin's work. Takes ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, baseline_from_text, baseline_to_text
-from pytest_gpulayout.errors import BaselineCorrupt, BaselineForeign, BaselineNotFound, UnsupportedLayoutError
+from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotFound, UnsupportedLayoutError
 from pytest_gpulayout.layout import Layout
-from pytest_gpulayout.measurement import Identity, Measurement
+from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
+from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.stats import NoisePrior, median
-from pytest_gpulayout.tolerance import Tolerance
+from pytest_gpulayout.tolerance import Tolerance, percent_text
 from pytest_gpulayout.topology import (
     Device,
     LinkClass,
@@ -199,11 +200,10 @@ def _over_budget(measurement: Measurement, inputs: GateInputs) -> bool:
     return budget is not None and elapsed + elapsed / len(measurement.runs) > budget
 
 
-def judge_once(
-    measurement: Measurement, baseline: Baseline, policy: GatePolicy, look: Look, *, place: str
-) -> Verdict:
+def judge_once(measurement: Judgeable, baseline: Baseline, policy: GatePolicy, look: Look, *, place: str) -> Verdict:
     """Judge what there is now, without starting anything. :param place: where the baseline is, for the report."""
-    metrics, missing = [], []
+    metrics: list[MetricVerdict] = []
+    missing = [] if policy.tolerances else ["no metric is gated: name one, --gpu-tolerance=median_tpot_ms=5%"]
     for name, tolerance in policy.tolerances.items():
         current, stored = measurement.samples(name), baseline.samples(name)
         if not current or not stored:
@@ -230,12 +230,45 @@ def _explain(metrics: list[MetricVerdict], policy: GatePolicy) -> list[str]:
     """Say for each metric that is not decided what was seen and what it would take."""
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
-        f"a change of {metric.tolerance:.0%} cannot be ruled out with {metric.n_current} start(s) now and "
+        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with {metric.n_current} start(s) now and "
         f"{metric.n_baseline} stored: allow more (--gpu-starts={policy.starts + 2}), record more sessions, "
         f"or accept a larger tolerance (--gpu-tolerance={metric.name}=...)"
         for metric in metrics
         if metric.status is Status.INCONCLUSIVE
     ]
+
+
+def judge_recorded(
+    measurements: Sequence[RecordedMeasurement],
+    baseline: Baseline,
+    tolerances: Mapping[str, Tolerance],
+    *,
+    place: str,
+) -> Verdict:
+    """Judge the last of these measurements that has the baseline's key; all its starts count as one look.
+
+    :param place: where the baseline is, for the report.
+    """
+    same = [item for item in measurements if not item.identity.key.differences(baseline.key)]
+    if not same:
+        return Verdict(Status.INVALID, reasons=_no_such_key(measurements, baseline.key), baseline_path=place)
+    measurement = same[-1]
+    if measurement.problems:
+        return Verdict(Status.INVALID, reasons=measurement.problems, baseline_path=place)
+    prior = NOISE_PRIORS[baseline.key.hardware["platform"]]
+    policy = GatePolicy(mode="check", tolerances=tolerances, prior=prior, starts=len(measurement.runs))
+    verdict = judge_once(measurement, baseline, policy, Look(1, 1), place=place)
+    if len(same) == 1:
+        return verdict
+    told = f"{len(same)} measurements have this key; the last one was judged, of {measurement.test}"
+    return replace(verdict, reasons=(*verdict.reasons, told))
+
+
+def _no_such_key(measurements: Sequence[RecordedMeasurement], key: BaselineKey) -> tuple[str, ...]:
+    if not measurements:
+        return ("the results hold no measurement",)
+    nearest = min((item.identity.key.differences(key) for item in measurements), key=len)
+    return ("no measurement has the baseline's key; the nearest differs in", *nearest)
 
 
 def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
@@ -246,7 +279,7 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
         measurement = inputs.measure_again(measurement)
         if problems := measurement.problems():
             return Verdict(Status.INVALID, reasons=problems, baseline_path=place), measurement
-    existed = inputs.store.read(key.path) is not None
+    existed = key.path in inputs.store.paths()
     session = measurement.as_session(inputs.now_utc())
     inputs.store.write(key.path, baseline_to_text(Baseline(key, (session,))))
     reasons = (f"recorded from {len(measurement.runs)} server start(s); nothing was judged",)
@@ -276,7 +309,7 @@ def _nearest(store: BaselineStore, key: BaselineKey) -> tuple[str, tuple[str, ..
     for path in store.paths():
         try:
             baseline = baseline_from_text(store.read(path) or "", path)
-        except BaselineCorrupt:
+        except BaselineError:
             continue
         differences = key.differences(baseline.key)
         candidates.append((len(differences), path, differences))
@@ -290,7 +323,7 @@ def what_changed(session: BaselineSession, identity: Identity) -> tuple[str, ...
 
 
 def _advisory(
-    measurement: Measurement, baseline: Baseline | None, *, gated: Mapping[str, Tolerance] | None = None
+    measurement: Judgeable, baseline: Baseline | None, *, gated: Mapping[str, Tolerance] | None = None
 ) -> tuple[AdvisoryChange, ...]:
     rows = []
     for name in METRICS:

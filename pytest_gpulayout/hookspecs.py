@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from pytest_gpulayout.options import Settings
     from pytest_gpulayout.ports import LoadDriver, ServerLauncher, TopologySource
 
+__all__ = [
+    "pytest_gpulayout_load_driver",
+    "pytest_gpulayout_server_launcher",
+    "pytest_gpulayout_topology_source",
+]
+
 
 @pytest.hookspec(firstresult=True)
 def pytest_gpulayout_topology_source(settings: Settings, layout: Layout | None) -> TopologySource | None:

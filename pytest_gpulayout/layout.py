@@ -8,7 +8,7 @@ Grammar (no blanks)::
     layout   = part { [sep] part } [ "x" N ] [ "@" N ]
     part     = ( "tp" | "pp" | "dp" | "pcp" | "dcp" ) N | "ep"
     sep      = "-" | "_"
-    N        = digit from 1 to 9, then digits; so N >= 1 and no leading zero
+    N        = digit from 1 to 9, then at most 4 digits; so N >= 1 and no leading zero
 
 Factors stand in any order, each at most once. The canonical form has the order dp, tp, pp, pcp, dcp, ep,
 leaves out factors of 1, and is ``tp1`` when nothing else remains.
@@ -26,6 +26,7 @@ _CANONICAL_ORDER = ("dp", "tp", "pp", "pcp", "dcp")
 _WORDS = ("pcp", "dcp", "tp", "pp", "dp")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _DIGITS = re.compile(r"[0-9]+")
+_MOST_DIGITS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ class _Parser:
         start = self._at
         match = _LETTERS.match(self._text, start)
         letters = match.group() if match else ""
-        if letters.startswith("ep") and letters[2:3] in ("", "x", *"tpd"):
+        if letters.startswith("ep"):
             self._at += 2
             self._store("ep", 1, start)
             return
@@ -201,6 +202,8 @@ class _Parser:
         if match.group().startswith("0"):
             rule = "must be at least 1" if not match.group().strip("0") else "has a leading zero"
             raise self._error(f"the number after {after!r} {rule}: {match.group()}")
+        if len(match.group()) > _MOST_DIGITS:
+            raise self._error(f"the number after {after!r} must have at most {_MOST_DIGITS} digits")
         self._at = match.end()
         return int(match.group())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, is_measurement
 from pytest_gpulayout.metrics import batch_metrics
@@ -21,6 +21,17 @@ class Identity:
     epoch: Mapping[str, Any]
     sut: Mapping[str, Any]
     covariates: Mapping[str, Any]
+
+
+class Judgeable(Protocol):
+    """What a verdict is formed on: a fresh measurement, or one that is read back."""
+
+    @property
+    def identity(self) -> Identity:
+        """Where the numbers come from."""
+
+    def samples(self, metric: str) -> tuple[MetricSample, ...]:
+        """Return (n_starts,) samples of one metric, empty when it was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class Measurement:
 
     def problems(self) -> tuple[str, ...]:
         """Say why these numbers must be neither judged nor stored; empty when they are sound."""
-        found = []
+        found = [] if self.runs else ["no server start was measured"]
         for number, run in enumerate(self.runs, 1):
             if run.failed:
                 first = run.failed[0].error
@@ -52,8 +63,8 @@ class Measurement:
                 )
             elif len(run.fingerprints) > 1:
                 found.append(f"different servers answered on start {number}: {', '.join(run.fingerprints)}")
-            elif not all(is_measurement(list(batch.values())) for batch in batch_metrics(run)):
-                found.append(f"a metric of server start {number} is zero or not finite")
+            elif unfit := _unfit_metrics(run):
+                found.append(f"zero or not finite on server start {number}: {', '.join(unfit)}")
         return tuple(found)
 
     def as_session(self, recorded: str) -> BaselineSession:
@@ -61,7 +72,18 @@ class Measurement:
         runs = []
         for run in self.runs:
             batches = batch_metrics(run)
-            metrics = {name: tuple(round(batch[name], 6) for batch in batches) for name in batches[0]}
+            names = [name for name in batches[0] if all(name in batch for batch in batches)]
+            metrics = {name: tuple(_rounded(batch[name]) for batch in batches) for name in names}
             runs.append(BaselineRun(len(run.requests), metrics))
         identity = self.identity
         return BaselineSession(recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs))
+
+
+def _unfit_metrics(run: RunTrace) -> list[str]:
+    values = (item for batch in batch_metrics(run) for item in batch.items())
+    return sorted({name for name, value in values if not is_measurement([value])})
+
+
+def _rounded(value: float) -> float:
+    """Eight significant digits: short in a diff, and never rounded down to zero."""
+    return float(f"{value:.8g}")

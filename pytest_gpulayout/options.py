@@ -6,6 +6,7 @@ Imported at every pytest start, so it imports nothing beyond the standard librar
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +38,16 @@ RESERVED_ARGUMENTS = {
     "-pp": "--gpu-layout",
     "--data-parallel-size": "--gpu-layout",
     "-dp": "--gpu-layout",
+    "--prefill-context-parallel-size": "--gpu-layout",
+    "-pcp": "--gpu-layout",
+    "--decode-context-parallel-size": "--gpu-layout",
+    "-dcp": "--gpu-layout",
     "--enable-expert-parallel": "--gpu-layout",
+    "-ep": "--gpu-layout",
     "--nnodes": "--gpu-layout",
+    "-n": "--gpu-layout",
+    "--fingerprint-mode": "nothing: the fingerprint proves the layout",
+    "--fingerprint-value": "nothing: the fingerprint proves the layout",
     "--device-ids": "--gpu-devices",
 }
 """Arguments of ``vllm serve`` that this plugin sets itself -> what to use instead."""
@@ -259,20 +268,20 @@ def check_model(text: str) -> str:
 
     :raises ValueError: the folder, or its config.json, is missing.
     """
-    path = Path(text).expanduser()
-    if not (path.exists() or text.startswith(("/", ".", "~")) or text.count("/") > 1):
+    path = os.path.expanduser(text)
+    if not (os.path.exists(path) or text.startswith(("/", ".", "~")) or text.count("/") > 1):
         return text
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ValueError(
-            f"a model folder was required, found {'a file' if path.exists() else 'nothing'}\n"
-            f"  at {path.absolute()}\n  name a folder with a config.json, or a hub id such as Qwen/Qwen3-8B"
+            f"a model folder was required, found {'a file' if os.path.exists(path) else 'nothing'}\n"
+            f"  at {os.path.abspath(path)}\n  name a folder with a config.json, or a hub id such as Qwen/Qwen3-8B"
         )
-    if not (path / "config.json").is_file():
+    if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(
-            f"a model folder with a config.json was required, found none\n  in {path.absolute()}\n"
+            f"a model folder with a config.json was required, found none\n  in {os.path.abspath(path)}\n"
             "  name the folder that holds config.json and the weights"
         )
-    return str(path)
+    return str(Path(path))
 
 
 def parse_vllm_arguments(text: str) -> tuple[str, ...]:
@@ -283,9 +292,27 @@ def parse_vllm_arguments(text: str) -> tuple[str, ...]:
     arguments = tuple(shlex.split(text))
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
-        if name in RESERVED_ARGUMENTS:
-            raise ValueError(f"{name} is set by pytest-gpulayout; use {RESERVED_ARGUMENTS[name]}")
+        if reserved := _reserved(name):
+            raise ValueError(f"{name} is set by pytest-gpulayout; use {RESERVED_ARGUMENTS[reserved]}")
     return arguments
+
+
+def _reserved(name: str) -> str | None:
+    """The reserved argument that vLLM's parser takes this for; it accepts abbreviations of long ones."""
+    if name in RESERVED_ARGUMENTS:
+        return name
+    is_long = name.startswith("--") and len(name) > 2
+    return next((known for known in RESERVED_ARGUMENTS if is_long and known.startswith(name)), None)
+
+
+def only_argument(marker: pytest.Mark, noun: str) -> Any:
+    """Return the one positional argument of a marker. :param noun: what it names.
+
+    :raises ValueError: none, or several are given.
+    """
+    if len(marker.args) != 1:
+        raise ValueError(f"one {noun} is expected, found {len(marker.args) or 'none'}")
+    return marker.args[0]
 
 
 def marker_arguments(arguments: dict[str, Any]) -> tuple[str, ...]:

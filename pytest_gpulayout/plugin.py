@@ -47,15 +47,15 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers, and the session object where layouts were asked for."""
+    """Register the markers, and the session object where layouts were asked for.
+
+    Not first: what comes after pytest's own ``--ff`` has the last word on the order of the tests.
+    """
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
     if not options.layouts_wanted(config):
         return
-    if getattr(config.option, "dist", "no") in ("load", "worksteal"):
-        config.option.dist = "loadgroup"  # tests of one server belong to one worker
     settings = options.settings_from_config(config)
     from pytest_gpulayout.session import GpuSession
 
@@ -102,7 +102,8 @@ def gpu_model(request: pytest.FixtureRequest, gpu_session: GpuSession) -> ModelS
     if marker is None:
         return ModelSpec(gpu_session.settings.model) if gpu_session.settings.model else None
     try:
-        return ModelSpec(options.check_model(*marker.args), options.marker_arguments(marker.kwargs))
+        name: str = options.only_argument(marker, "model")
+        return ModelSpec(options.check_model(name), options.marker_arguments(marker.kwargs))
     except ValueError as error:
         return gpu_session.fail(f"marker gpu_model: {error}")
 
@@ -133,8 +134,12 @@ def gpu_workload(request: pytest.FixtureRequest, gpu_session: GpuSession) -> Wor
     marker = request.node.get_closest_marker("gpu_workload")
     if marker is None:
         return gpu_session.settings.workload
+    try:
+        wanted = options.only_argument(marker, "workload")
+    except ValueError as error:
+        gpu_session.fail(f"marker gpu_workload: {error}")
     with gpu_session.reporting():
-        return as_workload(*marker.args)
+        return as_workload(wanted)
 
 
 @pytest.fixture
@@ -168,6 +173,8 @@ def vllm_server(
     view = ServerView(gpu_session.servers)
     yield view
     view.close()
+    with gpu_session.reporting():
+        gpu_session.servers.check()  # told by the test in which it went away, not by the next one
 
 
 @pytest.fixture

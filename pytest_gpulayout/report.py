@@ -5,18 +5,20 @@ A failure has four parts: what was required, what was found (number, unit, n), w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpulayout.metrics import METRICS, vllm_result
-from pytest_gpulayout.verdict import AdvisoryChange, MetricVerdict, Status, Verdict
+from pytest_gpulayout.tolerance import percent_text
+from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
 
 if TYPE_CHECKING:
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.ports import Server
-    from pytest_gpulayout.transport import TransportReport, TransportViolation
+    from pytest_gpulayout.transport import Finding, TransportReport, TransportViolation
 
 RESULTS_SCHEMA_VERSION = 1
 
@@ -73,11 +75,17 @@ def transport_failure(
     lines += [f"  found: {violation}" for violation in violations]
     if not violations:
         lines.append(f"  found: {report.verdict}, {report.summary()}")
-    for finding in report.findings:
-        lines += [f"  {finding.cause}", f"    {finding.file}:{finding.line}: {finding.text}", f"    {finding.advice}"]
+    lines += [f"  {line}" for finding in report.findings for line in finding_lines(finding)]
     lines.append(f"  layout {layout}")
     lines.append("  allow it: --gpu-transport=LIST; see more: NCCL_DEBUG=INFO, and /dev/shm of the container")
     return "\n".join(lines)
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    """A cause, as much of its evidence as there is, and what to do."""
+    place = ":".join(str(part) for part in (finding.file, finding.line) if part)
+    evidence = ": ".join(part for part in (place, finding.text) if part)
+    return [finding.cause, *([f"  {evidence}"] if evidence else []), f"  {finding.advice}"]
 
 
 def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str]:
@@ -91,8 +99,11 @@ def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str
         lines = [f"{verdict.status}: {reason}" for reason in verdict.reasons] + lines
     lines += [f"  changed since the baseline: {change}" for change in verdict.changed]
     if verdict.provisional:
-        lines.append("  provisional: fewer than 5 stored sessions, the spread rests mostly on the documented prior")
-    lines += [f"  {where}", f"  {verdict.baseline_path}"]
+        lines.append(
+            f"  provisional: fewer than {PROVISIONAL_BELOW_SESSIONS} stored sessions, "
+            "the spread rests mostly on the documented prior"
+        )
+    lines += [f"  {part}" for part in (where, verdict.baseline_path) if part]
     if verdict.status is Status.INVALID:
         lines.append("  nothing was judged or stored: mend the cause and run again")
     elif verdict.metrics:
@@ -108,7 +119,7 @@ def metric_lines(metric: MetricVerdict) -> list[str]:
     return [
         f"{metric.status}: {metric.name} {quantity(metric.current, unit)}, "
         f"allowed {sign} {quantity(metric.baseline * factor, unit)} "
-        f"(baseline {quantity(metric.baseline, unit)} {word} {metric.tolerance:.0%})",
+        f"(baseline {quantity(metric.baseline, unit)} {word} {percent_text(metric.tolerance)})",
         f"    change {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}, "
         f"n = {plural(metric.n_current, 'start')} against {metric.n_baseline}, "
         f"smallest change that could be seen {metric.min_detectable:.1%}",
@@ -116,8 +127,8 @@ def metric_lines(metric: MetricVerdict) -> list[str]:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Three significant digits and the unit."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
+    """Three significant digits, or all before the point, and the unit."""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:.{digits}f} {unit}"
 
 
@@ -194,7 +205,7 @@ def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
 
 
 def metric_document(metric: MetricVerdict) -> Record:
-    """A judged metric with the keys of ``gulayout compare --json`` and more."""
+    """A judged metric with the keys of ``gpulayout compare --json`` and more."""
     return {
         "name": metric.name,
         "unit": METRICS[metric.name].unit,
@@ -255,7 +266,7 @@ def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[st
         facts.append(f"transport {transport['summary']}{_flag(transport)}")
     if server := last.get("server"):
         facts.append(f"vLLM {server['vllm_version']}, ready in {server['start_s']:.0f} s")
-    lines = [f"{layout}: " + ", ".join(facts)]
+    lines = [f"{layout}: {', '.join(facts)}".rstrip()]
     for test, record in records:
         if record["kind"] == "performance":
             lines += _performance_table(test, record)

@@ -45,7 +45,7 @@ class ServerOwner:
         :raises ServerError: it does not start, or it has gone away since it was last used.
         """
         if self.current is not None and self.current.spec == spec:
-            self._check(self.current)
+            self.check()
             return self.current
         if spec in self._failures:
             raise self._failures[spec]
@@ -64,6 +64,18 @@ class ServerOwner:
         self.stop()
         self.current = self._start(spec)
         return self.current
+
+    def check(self) -> None:
+        """Do nothing while the current server runs; clear away one that does not, so that the next is fresh.
+
+        :raises ServerError: it has gone away.
+        """
+        if self.current is not None:
+            try:
+                self.current.check_alive()
+            except ServerError:
+                self.stop()
+                raise
 
     def stop(self) -> None:
         """End the current server, if there is one."""
@@ -84,13 +96,6 @@ class ServerOwner:
             self._live.clear()
         self._live.say(f"{spec.layout}: vLLM {server.proof.vllm_version} ready in {server.proof.start_s:.0f} s")
         return server
-
-    def _check(self, server: Server) -> None:
-        try:
-            server.check_alive()
-        except ServerError:
-            self.stop()
-            raise
 
 
 class ServerView:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from pytest_gpulayout.collection import deselect_and_group, parametrize, server_group, sort_by_server
-from pytest_gpulayout.errors import BaselineError, GpuLayoutError, MeasurementError, ServerError
+from pytest_gpulayout.collection import deselect_others, parametrize, server_group, sort_by_server
+from pytest_gpulayout.errors import BaselineError, GpuLayoutError, MeasurementError, ServerError, TopologyError
 from pytest_gpulayout.gate import (
     NOISE_PRIORS,
     GateInputs,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()
+_BREACHED = pytest.StashKey[bool]()
 
 
 class GpuSession:
@@ -71,6 +72,7 @@ class GpuSession:
         self._records: list[tuple[str, Record]] = []
         self._placed: dict[tuple[Layout, LinkRequirement], PlacedLayout] = {}
         self._told: dict[str, str] = {}
+        self._group: str | None = None
         self._log_dir: Path | None = None
         self._driver: LoadDriver | None = None
 
@@ -104,9 +106,17 @@ class GpuSession:
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
         """Stop the server after the last test, and before one that needs another: its devices are free then."""
         yield
+        self._group = server_group(item) or self._group
         next_group = server_group(nextitem) if nextitem is not None else ""
-        if next_group is not None and next_group != server_group(item):
+        if next_group is not None and next_group != self._group:
             self.servers.stop()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(self, config: pytest.Config, log: Any) -> Any:
+        """Give all tests of a layout to one worker of pytest-xdist."""
+        from pytest_gpulayout.distribution import make_scheduler
+
+        return make_scheduler(config, log, self.settings.layouts)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run tests that need a layout once for each."""
@@ -115,7 +125,8 @@ class GpuSession:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
         """Leave out tests for other layouts, and put tests of one server side by side."""
-        deselect_and_group(config, items)
+        deselect_others(config, items)
+        sort_by_server(items, self.settings.layouts)  # --stepwise leaves out what lies before the last failure
         yield
         sort_by_server(items, self.settings.layouts)
 
@@ -128,8 +139,13 @@ class GpuSession:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Attach the records of a test to its report, which pytest-xdist carries to the controller."""
+        """Attach the records of a test to its report, which pytest-xdist carries to the controller.
+
+        A gate that was breached in a fixture counts as a failed test; pytest would call it an error.
+        """
         report = yield
+        if report.when == "setup" and report.failed and item.stash.get(_BREACHED, False):
+            report.when = "call"
         records = item.stash.get(_RECORDS, [])
         if records:
             report.gpulayout = list(records)  # type: ignore[attr-defined]
@@ -171,7 +187,10 @@ class GpuSession:
         key = (layout, requirement)
         if key not in self._placed:
             topology = self.topology_source(layout).probe()
-            self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
+            try:
+                self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
+            except TopologyError as error:  # too few devices for what was asked for
+                self.breach(item, str(error))
             self.record(item, topology_record(self._placed[key]))
         return self._placed[key]
 
@@ -199,7 +218,7 @@ class GpuSession:
                 "  name one: --gpu-model=ID_OR_PATH, or @pytest.mark.gpu_model(...)"
             )
         if placed.violations:
-            raise GpuLayoutError(link_failure(placed))
+            self.breach(item, link_failure(placed))
         known = self.servers.current
         server = self.servers.get(self._spec(placed, model, arguments))
         if server is not known:
@@ -224,7 +243,7 @@ class GpuSession:
         record = transport_record(server.spec.layout, report, violations)
         self.record(item, record)
         if not record["ok"]:
-            self.fail(transport_failure(server.spec.layout, report, violations, self.settings.transports))
+            self.breach(item, transport_failure(server.spec.layout, report, violations, self.settings.transports))
         return report
 
     def transport_evidence(self, server: Server) -> TransportReport:
@@ -266,7 +285,7 @@ class GpuSession:
         try:
             return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self.live.update)
         except MeasurementError:
-            server.check_alive()  # a dead server explains more than the requests that it left behind
+            self.servers.check()  # a dead server explains more than the requests that it left behind
             raise
         finally:
             self.live.clear()
@@ -321,8 +340,8 @@ class GpuSession:
         return f"layout {key.layout}{devices}, model {key.model['name']}, workload {key.workload['name']}"
 
     def _update_command(self, item: pytest.Item) -> str:
-        nodeid = item.nodeid.partition("@")[0]
-        return f"pytest --gpu-layout={','.join(map(str, self.settings.layouts))} --gpu-baseline=update '{nodeid}'"
+        layouts = ",".join(map(str, self.settings.layouts))
+        return f"pytest --gpu-layout={layouts} --gpu-baseline=update '{item.nodeid}'"
 
     # -- failing -------------------------------------------------------------------------------------------------
 
@@ -333,18 +352,21 @@ class GpuSession:
             message = f"{headline}\n  (told in full by {self._told[message]})"
         else:
             self._told[message] = _current_test(self._config)
-        pytest.fail(message, pytrace=False)
+        # Without its context: pytest would show the error that this message comes from a second time.
+        raise pytest.fail.Exception(message, pytrace=False) from None
+
+    def breach(self, item: pytest.Item, message: str) -> NoReturn:
+        """Fail the running test because what was asked for is not so, as opposed to: could not be found out."""
+        item.stash[_BREACHED] = True
+        self.fail(message)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
         """Turn the package's errors into a failed test with their own message."""
-        message = ""
         try:
             yield
         except GpuLayoutError as error:
-            message = str(error)
-        if message:  # outside of the handler, so that pytest shows no chain of exceptions
-            self.fail(message)
+            self.fail(str(error))
 
     # -- adapters ------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,11 @@ class Tolerance:
         return math.log1p(self.fraction)
 
 
+def percent_text(fraction: float) -> str:
+    """``0.05`` -> ``5%``, ``0.025`` -> ``2.5%``."""
+    return f"{round(100 * fraction, 4):g}%"
+
+
 def parse_tolerances(text: str) -> dict[str, Tolerance]:
     """Read ``median_tpot_ms=5%,request_throughput=0.1`` on top of the defaults.
 
@@ -66,7 +71,10 @@ def _parse_entry(text: str, entry: str, column: int) -> tuple[str, float]:
         raise LayoutSyntaxError(text, column, f"tolerance: unknown metric {name!r}, did you mean {', '.join(near)}?")
     fraction = float(match["value"]) / (100 if match["percent"] else 1)
     is_rate = METRICS[name].better == "higher"
-    if fraction <= 0 or (is_rate and fraction >= 1):
+    if fraction >= 1 and not match["percent"]:
+        value = match["value"]
+        raise LayoutSyntaxError(text, column, f"tolerance: {name}={value} is ambiguous, write {value}% or a fraction")
+    if not 0 < fraction < (1 if is_rate else math.inf):
         limit = "between 0 % and 100 %" if is_rate else "above 0 %"
         raise LayoutSyntaxError(text, column, f"tolerance: {name} needs {limit}, found {entry.strip()!r}")
     return name, fraction

@@ -11,8 +11,9 @@ inconclusive   neither
 =============  =========================================================================================
 
 Levels: 1 % for a false alarm over all gated metrics together (Bonferroni), 5 % for a miss. A gate may look after each
-start; every look before the last spends a tenth of the level, the last one the rest, so that the levels hold over all
-looks by the union bound. A regression is never called on one start when another one is allowed.
+start; every look before the last spends a tenth of the level, all of them half of it at most, and the last one the
+rest, so that the levels hold over all looks by the union bound. A regression is never called on one start when there
+may be another.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pytest_gpulayout.tolerance import Tolerance
 FALSE_ALARM = 0.01
 MISS = 0.05
 _EARLY_SHARE = 0.1
+_MOST_EARLY = 0.5
 PROVISIONAL_BELOW_SESSIONS = 5
 
 
@@ -91,9 +93,8 @@ class Look:
 
     def level(self, overall: float) -> float:
         """This look's share of an overall level."""
-        if self.number < self.of:
-            return overall * _EARLY_SHARE
-        return overall * (1 - _EARLY_SHARE * (self.of - 1))
+        early = min(_EARLY_SHARE, _MOST_EARLY / (self.of - 1)) if self.of > 1 else 0.0
+        return overall * (early if self.number < self.of else 1 - early * (self.of - 1))
 
 
 def judge_metric(
@@ -151,7 +152,9 @@ def _batch_noise(samples: Sequence[MetricSample]) -> float:
 
 
 def overall_status(verdicts: Sequence[MetricVerdict]) -> Status:
-    """The gate's verdict: one regression makes it one; a pass needs every gated metric."""
+    """The gate's verdict: one regression makes it one; a pass needs every gated metric, and at least one."""
+    if not verdicts:
+        return Status.INCONCLUSIVE
     found = {verdict.status for verdict in verdicts}
     for status in (Status.REGRESSION, Status.INCONCLUSIVE, Status.IMPROVEMENT):
         if status in found:
@@ -196,10 +199,10 @@ class Verdict:
 
 
 def changed_fields(stored: Mapping[str, object], now: Mapping[str, object]) -> tuple[str, ...]:
-    """Name what differs between two flat records, as ``driver_version: 570.1 -> 580.2``."""
-    names = [*stored, *(name for name in now if name not in stored)]
+    """Name what differs between two flat records, as ``driver_version: 570.1 -> 580.2``; ``None`` is unknown."""
+    pairs = ((name, stored.get(name), now.get(name)) for name in dict.fromkeys([*stored, *now]))
     return tuple(
-        f"{name}: {stored.get(name, 'unknown')} -> {now.get(name, 'unknown')}"
-        for name in names
-        if stored.get(name) != now.get(name)
+        f"{name}: {'unknown' if before is None else before} -> {'unknown' if after is None else after}"
+        for name, before, after in pairs
+        if before != after
     )

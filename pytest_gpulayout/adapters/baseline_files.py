@@ -99,25 +99,51 @@ class RemoteBaselines:
         self._folder = str(folder).rstrip("/")
 
     def read(self, path: str) -> str | None:
-        """Return the text under ``path``, ``None`` when there is none."""
+        """Return the text under ``path``, ``None`` when there is none.
+
+        :raises BaselineError: it is there, and cannot be read as UTF-8 text.
+        """
+        file = self._inside(path)
         try:
-            text: str = self._files.cat_file(f"{self._folder}/{path}").decode()
+            text: str = self._files.cat_file(file).decode()
         except FileNotFoundError:
             return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BaselineError(
+                f"a baseline must be readable text, found: {error}\n  in {self.root}/{path}\n"
+                "  check the access to it, or record it again: --gpu-baseline=update",
+                path=file,
+            ) from error
         return text
 
     def write(self, path: str, text: str) -> None:
-        """Replace what is under ``path``."""
-        file = f"{self._folder}/{path}"
-        self._files.makedirs(file.rpartition("/")[0], exist_ok=True)
-        self._files.pipe_file(file, text.encode())
+        """Replace what is under ``path``.
+
+        :raises BaselineError: it cannot be written.
+        """
+        file = self._inside(path)
+        try:
+            self._files.makedirs(file.rpartition("/")[0], exist_ok=True)
+            self._files.pipe_file(file, text.encode())
+        except OSError as error:
+            raise BaselineError(
+                f"the baseline could not be stored: {error}\n  in {self.root}/{path}\n"
+                "  name a place that can be written to: --gpu-baseline-dir=URL",
+                path=file,
+            ) from error
 
     def paths(self) -> Sequence[str]:
         """Return all stored paths, relative and sorted."""
         found = (str(file) for file in self._files.find(self._folder))
         return sorted(file[len(self._folder) :].lstrip("/") for file in found if file.endswith(".json"))
 
+    def _inside(self, path: str) -> str:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise BaselineError(f"a baseline must lie inside {self.root}, found the path {path!r}", path=path)
+        return f"{self._folder}/{path}"
+
 
 def open_baselines(place: str) -> BaselineStore:
     """Return the store of a folder, or of an fsspec URL such as ``s3://bucket/baselines``."""
+    place = place.removeprefix("file://")  # fsspec would not replace a file in one step
     return RemoteBaselines(place) if "://" in place else BaselineFolder(Path(place))

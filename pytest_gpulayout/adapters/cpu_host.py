@@ -68,6 +68,8 @@ class CpuTopology:
                 f"  in the environment: {BIND_VARIABLE}={self._bind}\n"
                 f"  unset it to spread the cores evenly, or write one list per rank, such as 0-3|4-7"
             )
+        if not all(lists):
+            raise _binding_error(self._bind)
         return lists[: self._ranks]
 
     def _spread(self, allowed: Sequence[int]) -> list[list[int]]:
@@ -118,13 +120,17 @@ def parse_cpus(text: str) -> list[int]:
     cpus: list[int] = []
     for part in filter(None, text.split(",")):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise TopologyError(
-                f"a list of cores such as 0-3,8 was expected, found {text!r}\n"
-                f"  in the environment: {BIND_VARIABLE}\n  write numbers and ranges, one list per rank: 0-3|4-7"
-            )
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise _binding_error(text)
         cpus += range(int(match[1]), int(match[2] or match[1]) + 1)
     return cpus
+
+
+def _binding_error(text: str) -> TopologyError:
+    return TopologyError(
+        f"a list of cores such as 0-3,8 was expected, found {text!r}\n"
+        f"  in the environment: {BIND_VARIABLE}\n  write numbers and ranges, one list per rank: 0-3|4-7"
+    )
 
 
 def format_cpus(cpus: Sequence[int]) -> str:

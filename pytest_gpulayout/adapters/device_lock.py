@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pytest_gpulayout.ports import Progress
 
+LOCK_FOLDER = "/tmp"  # not TMPDIR: CI systems give every job its own
 _POLL_S = 0.2
 
 
@@ -55,13 +56,15 @@ def remove_lock(file: int, path: str) -> None:
     try:
         if os.fstat(file).st_ino == os.stat(path).st_ino:
             os.unlink(path)
-    except FileNotFoundError:
-        pass  # the keeper was first
-    os.close(file)
+    except (FileNotFoundError, PermissionError):
+        pass  # the keeper was first; or it is another user's, and without a holder it locks nothing
+    finally:
+        os.close(file)
 
 
 def _lock_path(name: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"gpulayout-{re.sub(r'[^A-Za-z0-9.-]', '_', name)}.lock"
+    folder = LOCK_FOLDER if os.access(LOCK_FOLDER, os.W_OK) else tempfile.gettempdir()
+    return Path(folder) / f"gpulayout-{re.sub(r'[^A-Za-z0-9.-]', '_', name)}.lock"
 
 
 def _open_lock(path: Path) -> int:

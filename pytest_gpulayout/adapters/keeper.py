@@ -84,6 +84,8 @@ class Keeper:
     def __init__(self, config: KeeperConfig) -> None:
         self._config = config
         self._segments: set[str] = set()
+        # A model's weights may lie in shared memory, too, and the server maps them: what was there is not ours.
+        self._foreign = set(map(str, Path(SHARED_MEMORY).glob("*")))
         self._exit_code: int | None = None
         self._input = ""
         self._stop_wanted = False
@@ -110,7 +112,7 @@ class Keeper:
         removed = self._remove_segments()
         shutil.rmtree(self._config["run_dir"], ignore_errors=True)
         for lock in self._config["locks"]:  # held through the files inherited from pytest until this process ends
-            Path(lock).unlink(missing_ok=True)
+            _unlink_lock(lock)
         self._say({"stopped": {"killed": killed, "segments": removed}})
 
     def _wait(self, server_pid: int) -> None:
@@ -133,38 +135,39 @@ class Keeper:
                 self._segments |= mapped_segments(descendants(os.getpid()))
             self._stop_wanted |= "stop" in commands
 
-    def _reap(self, server_pid: int) -> None:
+    def _reap(self, server_pid: int) -> bool:
+        """Collect who has ended; ``False`` when nobody is left, orphans included, since they become our children."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return False
             if pid == 0:
-                return
+                return True
             if pid == server_pid:
                 self._exit_code = os.waitstatus_to_exitcode(status)
 
     def _end_all(self, server_pid: int) -> list[int]:
-        """SIGTERM first, so that vLLM frees what it holds; SIGKILL for what is left. Returns what was killed."""
+        """SIGTERM first, so that vLLM frees what it holds; SIGKILL for what is left. Returns what was killed.
+
+        The server ends its own processes. What it leaves behind when it has gone gets SIGTERM from us.
+        """
         self._segments |= mapped_segments(descendants(os.getpid()))
-        if self._exit_code is None:
-            _signal(server_pid, signal.SIGTERM)
-        else:
-            for pid in descendants(os.getpid()):
-                _signal(pid, signal.SIGTERM)
         deadline = time.monotonic() + self._config["term_timeout_s"]
-        while (alive := descendants(os.getpid())) and time.monotonic() < deadline:
-            self._reap(server_pid)
+        asked: set[int] = set()
+        while self._reap(server_pid) and time.monotonic() < deadline:
+            for pid in {server_pid} if self._exit_code is None else set(descendants(os.getpid())):
+                if pid not in asked:
+                    _signal(pid, signal.SIGTERM)
+                    asked.add(pid)
             time.sleep(_POLL_S)
-        killed = []
-        while alive:
-            for pid in alive:
+        killed: set[int] = set()
+        while self._reap(server_pid):
+            for pid in descendants(os.getpid()):
                 _signal(pid, signal.SIGKILL)
-            killed += [pid for pid in alive if pid not in killed]
+                killed.add(pid)
             time.sleep(_POLL_S)
-            self._reap(server_pid)
-            alive = descendants(os.getpid())
-        return killed
+        return sorted(killed)
 
     def _remove_segments(self) -> list[str]:
         """Unlink what the server left in shared memory, unless somebody else has it mapped.
@@ -174,7 +177,9 @@ class Keeper:
         """
         for marker in Path(self._config["run_dir"]).rglob("vllm_dist_*"):
             self._segments |= {str(path) for path in Path(SHARED_MEMORY).glob(f"{marker.name}*")}
-        left = {name for name in self._segments if os.path.exists(name)}
+        # shm_open(3) knows no folders, so a file in one is no segment either.
+        ours = {name for name in self._segments - self._foreign if os.path.dirname(name) + "/" == SHARED_MEMORY}
+        left = {name for name in ours if os.path.exists(name)}
         in_use = mapped_segments(_other_processes()) if left else set()
         for name in left - in_use:
             os.unlink(name)
@@ -190,6 +195,13 @@ class Keeper:
 
 def _die_with_keeper() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _unlink_lock(path: str) -> None:
+    try:
+        os.unlink(path)
+    except (FileNotFoundError, PermissionError):
+        pass  # in /tmp only its owner may remove a file; without a holder it locks nothing
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

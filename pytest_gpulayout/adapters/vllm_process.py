@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -38,6 +39,7 @@ from pytest_gpulayout.vllm_log import error_cause
 TERM_TIMEOUT_S = 20.0
 _KEEPER_GRACE_S = 15.0
 _POLL_S = 0.25
+_DYING_S = 5.0
 _TAIL_LINES = 8
 _REQUEST_TIMEOUT_S = 60.0
 _LONGEST_SOCKET_FOLDER = 60  # vLLM makes Unix sockets named by a UUID in it, and sun_path holds 107 characters
@@ -65,13 +67,14 @@ class VllmLauncher:
         self._started += 1
         log_dir = self._log_dir / f"server-{self._started}-{spec.layout}"
         log_dir.mkdir(parents=True)
-        locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
-        server = VllmServer(spec, log_dir, locks)
-        try:
+        with ExitStack() as undo:
+            locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
+            undo.callback(locks.release)
+            server = VllmServer(spec, log_dir, locks)
+            undo.pop_all()  # the server frees them when it has ended
+            undo.callback(server.stop)
             server.start(progress)
-        except BaseException:
-            server.stop()
-            raise
+            undo.pop_all()
         return server
 
 
@@ -83,7 +86,6 @@ class VllmServer:
         self.log = log_dir / "server.log"
         self._nccl_dir = log_dir / "nccl"
         self._locks = locks
-        self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
         self.endpoint = Endpoint(f"http://127.0.0.1:{_free_port()}", spec.model, secrets.token_urlsafe(24))
         self.command = _command(spec, self.endpoint)
         self._keeper: subprocess.Popen[str] | None = None
@@ -91,6 +93,7 @@ class VllmServer:
         self._http = requests.Session()
         self._http.trust_env = False  # a proxy of the environment must not come between us and loopback
         self._http.headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
+        self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -129,13 +132,17 @@ class VllmServer:
         os.set_blocking(self._keeper.stdout.fileno(), False)
 
     def stop(self) -> None:
-        """End the whole process tree, free the locks, remove temporary files; may be called again."""
+        """End the whole process tree, free the locks, remove temporary files; may be called again.
+
+        :raises ServerError: it cannot be ended; the locks stay, since its devices are not free.
+        """
         if self._keeper is not None:
             self._tell_keeper("stop")
             try:
                 self._keeper.communicate(timeout=TERM_TIMEOUT_S + _KEEPER_GRACE_S)
-            finally:
-                self._keeper = None
+            except subprocess.TimeoutExpired as error:
+                raise self._still_running() from error
+            self._keeper = None
         self._http.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)  # the keeper did, unless it never started
         self._locks.release()
@@ -157,7 +164,7 @@ class VllmServer:
 
     def pids(self) -> Mapping[int, str]:
         """Return the server's processes now, pid -> title."""
-        return {process.pid: " ".join(process.cmdline()) for process in self._processes()}
+        return {process.pid: _title(process) for process in self._processes()}
 
     # -- getting ready ---------------------------------------------------------------------------------------------
 
@@ -190,10 +197,10 @@ class VllmServer:
             raise self._died_at_first_request(f"no answer ({type(error).__name__})") from error
         if response.status_code != 200:
             raise self._died_at_first_request(f"HTTP {response.status_code} {response.text[:300]}")
-        return str(response.json().get("system_fingerprint"))
+        return _system_fingerprint(response)
 
     def _died_at_first_request(self, answer: str) -> ServerError:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + _DYING_S
         while self._exit_code() is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)  # vLLM answers first and writes its traceback then
         headline = f"vLLM loaded layout {self.spec.layout} and then failed at the first request"
@@ -211,7 +218,9 @@ class VllmServer:
             )
         if contradiction := fingerprint.contradiction(self.spec.layout):
             raise ServerStartFailed(
-                f"the server is not the layout that was asked for: {contradiction} ({text})",
+                f"the server is not the layout that was asked for: {contradiction} ({text})\n"
+                f"  where: system_fingerprint of POST {self.endpoint.url}/v1/completions\n"
+                "  leave it to --gpu-layout: take sizes such as --tensor-parallel-size out of the server's arguments",
                 command=self.command,
             )
         return fingerprint.version
@@ -220,10 +229,12 @@ class VllmServer:
         found = rank_pids(self.spec.layout, {process.pid: _title(process) for process in self._processes()})
         missing = sorted(set(range(self.spec.layout.ranks)) - set(found))
         if missing:
-            titles = ", ".join(sorted(filter(None, self.pids().values()))) or "none"
+            titles = ", ".join(sorted(title for title in self.pids().values() if "VLLM::" in title)) or "no VLLM::..."
             raise ServerStartFailed(
                 f"layout {self.spec.layout} needs {self.spec.layout.ranks} worker processes, "
-                f"found none for rank {', '.join(map(str, missing))}\n  process table of the server: {titles}",
+                f"found none for rank {', '.join(map(str, missing))}\n  process table of the server: {titles}\n"
+                f"  read its log: less {self.log}\n"
+                f"  vLLM names its processes with setproctitle: {self.spec.python} -m pip install setproctitle",
                 command=self.command,
             )
         return found
@@ -252,11 +263,23 @@ class VllmServer:
     def _tell_keeper(self, command: str) -> None:
         assert self._keeper is not None
         assert self._keeper.stdin is not None
+        if self._keeper.stdin.closed:  # which tells it to stop, too
+            return
         try:
             self._keeper.stdin.write(command + "\n")
             self._keeper.stdin.flush()
         except BrokenPipeError:
             pass  # it has already ended everything and gone
+
+    def _still_running(self) -> ServerError:
+        pids = " ".join(str(process.pid) for process in self._processes())
+        limit = f"{TERM_TIMEOUT_S + _KEEPER_GRACE_S:.0f} s"
+        return ServerError(
+            f"the server of layout {self.spec.layout} must be gone {limit} after it was asked to end, and is not\n"
+            f"  its processes: {pids or 'only its keeper'}\n"
+            f"  end them: kill -9 {pids} {self._keeper.pid if self._keeper else ''}".rstrip(),
+            command=self.command,
+        )
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -290,10 +313,17 @@ class VllmServer:
 def require_vllm(python: str) -> None:
     """Check that the interpreter has vLLM, without importing it.
 
-    :raises ServerStartFailed: it has not; with the command that installs it.
+    :raises ServerStartFailed: it has not, with the command that installs it; or it cannot be run.
     """
     script = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([python, "-c", script], check=False, timeout=60).returncode != 0:
+    try:
+        code = subprocess.run([python, "-c", script], check=False, timeout=60).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerStartFailed(
+            f"a Python that has vLLM is required to serve the model, and it cannot be run: {error}\n"
+            f"  in {python}\n  check that it is there and starts: {python} --version"
+        ) from error
+    if code != 0:
         raise ServerStartFailed(
             "vLLM is required to serve the model, and is not installed\n"
             f"  in {python}\n"
@@ -340,17 +370,29 @@ def rank_pids(layout: Layout, titles: Mapping[int, str]) -> dict[int, int]:
     ``VLLM::Worker_DP0_PP1_TP0_EP0`` (``vllm/v1/executor/multiproc_executor.py``); sizes of 1 are left out. A server
     with one rank has ``VLLM::Worker``, or computes in ``VLLM::EngineCore`` itself.
 
+    With several ranks a worker without coordinates is one that has not got its title yet.
+
     :param titles: process id -> title. :returns: rank -> process id, for the ranks that were found.
     """
     found: dict[int, int] = {}
     for pid, title in titles.items():
-        if match := _WORKER_TITLE.match(title):
+        match = _WORKER_TITLE.match(title)
+        if match and (match["coordinates"] or layout.ranks == 1):
             at = dict(re.findall(r"_([A-Z]+)(\d+)", match["coordinates"]))
             dp, pp, pcp, tp = (int(at.get(name, 0)) for name in ("DP", "PP", "PCP", "TP"))
             found[((dp * layout.pp + pp) * layout.pcp + pcp) * layout.tp + tp] = pid
     if layout.ranks == 1 and not found:
         found.update((0, pid) for pid, title in titles.items() if title.startswith("VLLM::EngineCore"))
     return found
+
+
+def _system_fingerprint(response: requests.Response) -> str:
+    """What the answer says, also when it is no vLLM that answers."""
+    try:
+        document = response.json()
+    except requests.JSONDecodeError:
+        document = None
+    return str(document.get("system_fingerprint")) if isinstance(document, dict) else response.text[:80]
 
 
 def _command(spec: ServerSpec, endpoint: Endpoint) -> list[str]:

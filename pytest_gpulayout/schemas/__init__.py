@@ -25,9 +25,28 @@ def validate(document: Any, name: str) -> list[str]:
     :returns: messages such as ``$.gpus[0].index: 'a' is not of type 'integer'``; empty when all is well.
     """
     from jsonschema import Draft202012Validator
+    from referencing import Registry, Resource
 
-    errors = Draft202012Validator(load_schema(name)).iter_errors(document)
+    shared = load_schema("baseline")  # which the schema of the results refers to
+    registry = Resource.from_contents(shared) @ Registry[Any]()
+    errors = Draft202012Validator(load_schema(name), registry=registry).iter_errors(document)
     return [
         f"{error.json_path}: {error.message}"
         for error in sorted(errors, key=lambda error: [str(part).zfill(8) for part in error.absolute_path])
     ]
+
+
+def read_document(text: str, name: str) -> tuple[Any, list[str]]:
+    """Read JSON strictly and check it: ``NaN`` and ``Infinity``, which Python's reader lets pass, are no JSON.
+
+    :returns: the document, and what is wrong with it as :func:`validate` says it; ``None`` where it is not JSON.
+    """
+    try:
+        document = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        return None, [f"it is not JSON ({error})"]
+    return document, validate(document, name)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

@@ -42,7 +42,7 @@ class Gate:
 
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "VLLM_"))}
-        return kept | extra
+        return {**kept, **extra}
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -28,7 +28,10 @@ LAYOUTS = [
 
 SCRIPT = """
 import json, sys
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+try:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # older releases
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser())
 names = dict(tp="tensor_parallel_size", pp="pipeline_parallel_size", dp="data_parallel_size",

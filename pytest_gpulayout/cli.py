@@ -1,0 +1,614 @@
+"""The command ``gpulayout``: each part of the plugin on its own, without pytest.
+
+Each subcommand returns an :class:`Outcome`; :func:`main` alone prints and turns errors into exit codes. Imports that
+cost time happen in the subcommand that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pytest_gpulayout.errors import GpuLayoutError
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.baseline import Baseline
+    from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.ports import BaselineStore, Endpoint
+    from pytest_gpulayout.topology import LinkRequirement, Topology
+    from pytest_gpulayout.trace import RunTrace
+    from pytest_gpulayout.transport import TransportReport
+    from pytest_gpulayout.verdict import Verdict
+    from pytest_gpulayout.workload import Workload
+
+T = TypeVar("T")
+
+FINE, FAILED, MISUSE, UNDECIDED = 0, 1, 2, 3
+_INTERRUPTED = 130
+_CHUNK_BYTES = 1 << 16
+
+_EXIT_CODES = "exit codes: 0 fine, 1 the check failed, 2 misuse or unreadable input"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a subcommand found.
+
+    :param document: for ``--json``. :param lines: for people. :param complaints: for standard error, in both cases.
+    """
+
+    code: int
+    document: Any
+    lines: Sequence[str]
+    complaints: Sequence[str] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. :param argv: arguments without the program's name."""
+    arguments = _parser().parse_args(argv)
+    try:
+        outcome: Outcome = arguments.run(arguments)
+    except GpuLayoutError as error:
+        return _complain(str(error))
+    except OSError as error:
+        return _complain(f"a file could not be read or written: {error}")
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    text = json.dumps(outcome.document, indent=1) if arguments.json else "\n".join(outcome.lines)
+    _write(text)
+    for complaint in outcome.complaints:
+        print(complaint, file=sys.stderr)
+    return outcome.code
+
+
+def _complain(message: str) -> int:
+    print(f"gpulayout: {message}", file=sys.stderr)
+    return MISUSE
+
+
+def _write(text: str) -> None:
+    """Print; a reader that has gone (``| head``) is no error, and the exit code stays that of the check."""
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gpulayout",
+        description="Look at GPU links, NCCL logs, a server's speed and stored baselines, as the pytest plugin does.",
+        epilog=_EXIT_CODES,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for declare in (_declare_topo, _declare_nccl, _declare_measure, _declare_compare, _declare_baseline):
+        declare(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., Outcome], text: str, *examples: str) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["examples:", *(f"  {example}" for example in examples), "", _EXIT_CODES]),
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _typed(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Make a parser of ours an argparse type: its message is shown as it is."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except (GpuLayoutError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _layout(text: str) -> Layout:
+    from pytest_gpulayout.layout import parse_layout
+
+    return parse_layout(text)
+
+
+def _requirement(text: str) -> LinkRequirement:
+    from pytest_gpulayout.topology import parse_requirement
+
+    return parse_requirement(text)
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        raise ValueError(f"a whole number above 0 was expected, found {text!r}")
+    return number
+
+
+# -- topo ------------------------------------------------------------------------------------------------------------
+
+
+def _declare_topo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "topo",
+        _topo,
+        "show the links between GPUs, the worst of them, and the best placement of a layout",
+        "gpulayout topo",
+        "gpulayout topo --json > topology.json",
+        "nvidia-smi topo -m | gpulayout topo --from - --layout tp2 --require nvlink",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="a recorded topology (JSON, or the text of nvidia-smi topo -m), - for standard input; default: NVML",
+    )
+    parser.add_argument("--layout", type=_typed(_layout), metavar="SPEC", help="find the best GPUs for this layout")
+    parser.add_argument(
+        "--require",
+        type=_typed(_requirement),
+        metavar="REQ",
+        help="fail when a link (of the layout, or any) is worse: nvlink, nv4, pix, pxb, phb, node, any",
+    )
+
+
+def _topo(arguments: argparse.Namespace) -> Outcome:
+    from pytest_gpulayout.topology import topology_to_document
+
+    topology = _topology(arguments.source)
+    placement, complaints = _placement(topology, arguments.layout)
+    if arguments.require is not None and not complaints:
+        complaints = _violations(topology, arguments.layout, placement, arguments.require)
+    pairs = arguments.layout.communicating_pairs() if placement is not None else ()
+    document = topology_to_document(topology, placement, pairs)
+    code = FAILED if complaints else FINE
+    if topology.pairs and not topology.links and not topology.p2p:
+        code = MISUSE
+        complaints = [
+            f"gpulayout: a listing that shows links was required, found none between {len(topology.devices)} GPUs",
+            f"  in {topology.source}",
+            "  record it again: nvidia-smi topo -m > topo.txt, or gpulayout topo --json > topo.json",
+        ]
+    return Outcome(code, document, list(_topology_lines(topology, document)), complaints)
+
+
+def _placement(topology: Topology, layout: Layout | None) -> tuple[tuple[int, ...] | None, list[str]]:
+    """The best placement; a layout that does not fit is a check that failed, for the listing itself is fine."""
+    from pytest_gpulayout.errors import TopologyError
+    from pytest_gpulayout.topology import choose_placement
+
+    if layout is None:
+        return None, []
+    try:
+        return choose_placement(topology, layout), []
+    except TopologyError as error:
+        return None, [f"failed: {error}"]
+
+
+def _violations(
+    topology: Topology, layout: Layout | None, placement: tuple[int, ...] | None, requirement: LinkRequirement
+) -> list[str]:
+    """Links that are not good enough, of the layout, or of any two GPUs where none is given."""
+    from pytest_gpulayout.topology import check_links
+
+    if layout is None or placement is None:
+        devices = [device.index for device in topology.devices]
+        violations = check_links(topology, devices, combinations(range(len(devices)), 2), requirement)
+        found = [(v.device_a, v.device_b, v) for v in violations]
+        return [f"failed: GPUs {a} and {b}: {str(v).partition('): ')[2]}" for a, b, v in found]
+    violations = check_links(topology, placement, layout.communicating_pairs(), requirement)
+    return [f"failed: {violation}" for violation in violations]
+
+
+def _topology(source: str | None) -> Topology:
+    if source is None:
+        from pytest_gpulayout.adapters.nvml import NvmlTopology
+
+        return NvmlTopology().probe()
+    from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
+
+    return RecordedTopology("/dev/stdin" if source == "-" else source).probe()
+
+
+def _topology_lines(topology: Topology, document: dict[str, Any]) -> Iterator[str]:
+    yield f"{'recorded in' if topology.recorded else 'from'} {topology.source}"
+    rows: list[Sequence[str]] = [("GPU", "name", "NUMA", "CPUs", "UUID")]
+    for gpu in document["gpus"]:
+        facts = (gpu["name"], gpu["numa_node"], gpu["cpu_affinity"], gpu["uuid"])
+        rows.append((str(gpu["index"]), *("-" if fact in (None, "") else str(fact) for fact in facts)))
+    yield from _table(rows)
+    if topology.links:
+        yield ""
+        yield from _table(_matrix(topology))
+    if topology.p2p:
+        yield ""
+        yield from (f"GPU {p.a} - GPU {p.b}: {p.capability or 'peer access'} {p.status}" for p in topology.p2p)
+    yield ""
+    yield f"worst link: {_worst_text(document['worst'], bool(topology.pairs))}"
+    if placement := document["placement"]:
+        gpus = ", ".join(map(str, placement["gpus"]))
+        yield f"best placement: GPU {gpus}, worst link {_worst_text(placement['worst'], len(placement['gpus']) > 1)}"
+
+
+def _matrix(topology: Topology) -> list[tuple[str, ...]]:
+    names = [f"GPU{device.index}" for device in topology.devices]
+    rows = [("", *names)]
+    for name, a in zip(names, topology.devices, strict=True):
+        cells = ("X" if a is b else str(topology.link(a.index, b.index) or "?") for b in topology.devices)
+        rows.append((name, *cells))
+    return rows
+
+
+def _worst_text(worst: str | None, has_links: bool) -> str:
+    return worst or ("unknown" if has_links else "none needed")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+# -- nccl ------------------------------------------------------------------------------------------------------------
+
+
+def _declare_nccl(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "nccl",
+        _nccl,
+        "say what the NCCL logs of one server prove about its transports",
+        "gpulayout nccl /tmp/nccl.*.log",
+        "kubectl logs server-0 | gpulayout nccl - --layout tp4 --json",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="logs of all its processes; - is standard input")
+    parser.add_argument(
+        "--layout", type=_typed(_layout), metavar="SPEC", help="what runs: then every group of it must be connected"
+    )
+
+
+def _nccl(arguments: argparse.Namespace) -> Outcome:
+    from pytest_gpulayout.nccl_log import merge, parse_nccl_log
+    from pytest_gpulayout.transport import judge_nccl
+
+    log = merge(parse_nccl_log(_chunks(name), name) for name in arguments.files)
+    report = judge_nccl(log, arguments.layout)
+    code = FAILED if report.verdict in ("socket", "no-evidence") else FINE
+    return Outcome(code, report.to_document(), list(_transport_lines(report)))
+
+
+def _chunks(name: str) -> Iterator[bytes]:
+    if name == "-":
+        yield from iter(lambda: sys.stdin.buffer.read(_CHUNK_BYTES), b"")
+        return
+    with open(name, "rb") as file:
+        yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+
+
+def _transport_lines(report: TransportReport) -> Iterator[str]:
+    from pytest_gpulayout.report import finding_lines
+
+    yield f"verdict: {report.verdict}"
+    yield f"transports: {report.summary()}"
+    if report.edges:
+        yield from _table(
+            [("ranks", "transport", "channels")]
+            + [
+                (f"{src} -> {dst}", use.transport, str(use.channels))
+                for (src, dst), uses in report.edges.items()
+                for use in uses
+            ]
+        )
+    yield f"network chosen: {report.network or 'not said'}"
+    yield f"NCCL: {report.nccl_version or 'not said'}"
+    for finding in report.findings:
+        cause, *rest = finding_lines(finding)
+        yield from (f"finding: {cause}", *rest)
+
+
+# -- measure ---------------------------------------------------------------------------------------------------------
+
+
+def _declare_measure(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "measure",
+        _measure,
+        "send a load to a running server and say how fast it answers",
+        "gpulayout measure --url http://127.0.0.1:8000 --model Qwen/Qwen3-8B \\",
+        "    --concurrency 8 --requests 64 --input-tokens 512 --output-tokens 128 --save result.json",
+        "gpulayout measure ... --api-key-env VLLM_API_KEY",
+    )
+    parser.add_argument("--url", required=True, help="of the server, without /v1")
+    parser.add_argument("--model", required=True, metavar="M", help="name that the server serves the model under")
+    parser.add_argument(
+        "--concurrency", type=_typed(_count), default=1, metavar="N", help="requests in flight (default: 1)"
+    )
+    parser.add_argument("--requests", type=_typed(_count), required=True, metavar="N", help="requests of one batch")
+    parser.add_argument("--input-tokens", type=_typed(_count), required=True, metavar="N", help="of each prompt")
+    parser.add_argument("--output-tokens", type=_typed(_count), required=True, metavar="N", help="of each answer")
+    parser.add_argument("--batches", type=_typed(_count), default=1, metavar="N", help="batches (default: 1)")
+    parser.add_argument(
+        "--api-key-env", metavar="NAME", help="environment variable that holds the key; keys are not taken as text"
+    )
+    parser.add_argument(
+        "--save", metavar="FILE", help="write the result, with the keys of vllm bench serve --save-result"
+    )
+
+
+def _measure(arguments: argparse.Namespace) -> Outcome:
+    import secrets
+
+    from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
+    from pytest_gpulayout.metrics import batch_metrics, vllm_result
+    from pytest_gpulayout.ports import Endpoint
+    from pytest_gpulayout.workload import workload_from_mapping
+
+    names = ("input_tokens", "output_tokens", "concurrency", "requests", "batches")
+    workload = workload_from_mapping({name: getattr(arguments, name) for name in names})
+    url = arguments.url.rstrip("/").removesuffix("/v1")
+    endpoint = Endpoint(url, arguments.model, _api_key(arguments.api_key_env))
+    if arguments.save is not None:
+        _check_writable(arguments.save)
+    run = OpenAiStreamDriver().run(endpoint, workload, seed=secrets.randbits(48), progress=_progress())
+    document = vllm_result(run, workload, model=arguments.model)
+    if arguments.save is not None:
+        with open(arguments.save, "w", encoding="utf-8") as file:
+            file.write(json.dumps(document) + "\n")
+    lines = _measure_lines(run, workload, endpoint, batch_metrics(run))
+    return Outcome(FAILED if run.failed else FINE, document, list(lines))
+
+
+def _check_writable(path: str) -> None:
+    """Tell before the load, and not after it, that the result cannot be kept."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise GpuLayoutError(
+            f"a file that can be written was required for the result, found {path}\n"
+            f"  in --save\n  name a file in a folder that exists and can be written to"
+        )
+
+
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise GpuLayoutError(
+            f"an API key was required in the environment variable {variable}, found none\n"
+            f"  in --api-key-env={variable}\n  set it: export {variable}=..., or leave the option out"
+        )
+    return key
+
+
+def _progress() -> Callable[[str], None]:
+    """Rewrite one line of a terminal; say nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        return lambda _text: None
+    return lambda text: print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
+
+
+def _measure_lines(
+    run: RunTrace, workload: Workload, endpoint: Endpoint, batches: Sequence[dict[str, float]]
+) -> Iterator[str]:
+    from pytest_gpulayout.metrics import METRICS
+    from pytest_gpulayout.report import plural, quantity
+    from pytest_gpulayout.stats import median
+
+    yield f"{endpoint.model} at {endpoint.url}"
+    yield (
+        f"{plural(len(run.requests), 'request')}, {workload.concurrency} at a time, "
+        f"{workload.input_tokens} tokens in, {workload.output_tokens} out"
+    )
+    rows: list[Sequence[str]] = [("metric", "median of batches", "lowest", "highest")]
+    for name, metric in METRICS.items():
+        if values := [batch[name] for batch in batches if name in batch]:
+            rows.append((name, *(quantity(f(values), metric.unit) for f in (median, min, max))))
+    yield from _table(rows)
+    if run.failed:
+        yield f"{len(run.failed)} of {len(run.requests)} requests failed; the first: {run.failed[0].error}"
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------
+
+
+def _declare_compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        _compare,
+        "judge measurements of --gpu-results against a baseline; exit code 3 is inconclusive",
+        "gpulayout compare gpu-baselines/Qwen3-8B/tp2/2x-NVIDIA-H200-NV18-d03fc2a1/smoke.json results.json",
+        "gpulayout compare BASELINE.json MEASUREMENT.json --tolerance median_ttft_ms=10% --json",
+    )
+    parser.add_argument("baseline", metavar="BASELINE.json", help="a baseline document")
+    parser.add_argument("measurement", metavar="MEASUREMENT.json", help="results with a measurement of the same key")
+    parser.add_argument(
+        "--tolerance", type=_typed(_tolerances), default="", metavar="METRIC=5%,...", help="as --gpu-tolerance"
+    )
+
+
+def _tolerances(text: str) -> object:
+    from pytest_gpulayout.tolerance import parse_tolerances
+
+    return parse_tolerances(text)
+
+
+def _compare(arguments: argparse.Namespace) -> Outcome:
+    from pytest_gpulayout.report import metric_document, verdict_lines
+    from pytest_gpulayout.verdict import Status
+
+    verdict = _judge_files(arguments)
+    document = {
+        "verdict": str(verdict.status),
+        "metrics": [metric_document(metric) for metric in verdict.metrics],
+        "reasons": list(verdict.reasons),
+        "changed": list(verdict.changed),
+        "provisional": verdict.provisional,
+    }
+    code = FINE if verdict.status.passed else UNDECIDED if verdict.status is Status.INCONCLUSIVE else FAILED
+    lines = verdict_lines(verdict, arguments.measurement, "record it again with pytest --gpu-baseline=update")
+    notes = [f"  {reason}" for reason in verdict.reasons if f"{verdict.status}: {reason}" not in lines]
+    return Outcome(code, document, [f"verdict: {verdict.status}", *lines, *notes])
+
+
+def _judge_files(arguments: argparse.Namespace) -> Verdict:
+    """A side that is missing, or is not the document it should be, is a verdict here and not an error."""
+    from pytest_gpulayout.baseline import baseline_from_text
+    from pytest_gpulayout.errors import BaselineError, MeasurementError
+    from pytest_gpulayout.gate import judge_recorded
+    from pytest_gpulayout.results import measurements_from_text
+    from pytest_gpulayout.verdict import Status, Verdict
+
+    place = arguments.baseline
+    baseline_text, results_text = _text(place), _text(arguments.measurement)
+    if baseline_text is None:
+        reason = f"a stored baseline was required, and there is none in {place}"
+        return Verdict(Status.NO_BASELINE, reasons=(reason,), baseline_path=place)
+    if results_text is None:
+        reason = f"results with a measurement were required, and there are none in {arguments.measurement}"
+        return Verdict(Status.INVALID, reasons=(reason,), baseline_path=place)
+    try:
+        baseline = baseline_from_text(baseline_text, place)
+        measurements = measurements_from_text(results_text, arguments.measurement)
+    except (BaselineError, MeasurementError) as error:
+        return Verdict(Status.INVALID, reasons=(str(error),), baseline_path=place)
+    return judge_recorded(measurements, baseline, arguments.tolerance, place=place)
+
+
+def _text(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise GpuLayoutError(
+            f"a JSON document was required, found bytes that are no UTF-8: {error.reason}\n  in {path}\n"
+            "  name a baseline, or results of --gpu-results"
+        ) from error
+
+
+# -- baseline --------------------------------------------------------------------------------------------------------
+
+
+def _declare_baseline(commands: Any) -> None:
+    parser = commands.add_parser("baseline", help="look after stored baselines")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = _command(
+        verbs,
+        "list",
+        _baseline_list,
+        "list the stored baselines",
+        "gpulayout baseline list --dir s3://bucket/baselines",
+    )
+    show = _command(
+        verbs,
+        "show",
+        _baseline_show,
+        "show one stored baseline: its key, its sessions and the spread between starts",
+        "gpulayout baseline show Qwen3-8B/tp2/2x-NVIDIA-H200-NV18-d03fc2a1/smoke.json",
+    )
+    show.add_argument("path", metavar="PATH", help="as gpulayout baseline list prints it")
+    for verb in (listing, show):
+        verb.add_argument(
+            "--dir",
+            default="gpu-baselines",
+            metavar="DIR_OR_URL",
+            help="where they are (default: gpu-baselines in the current folder)",
+        )
+
+
+def _baseline_list(arguments: argparse.Namespace) -> Outcome:
+    from pytest_gpulayout.adapters.baseline_files import open_baselines
+    from pytest_gpulayout.errors import BaselineError
+
+    store = open_baselines(arguments.dir)
+    entries, faults = [], []
+    for path in store.paths():
+        try:
+            baseline = _read_baseline(store, path)
+        except BaselineError as error:
+            faults.append(str(error))
+            continue
+        entries.append(
+            {
+                "path": path,
+                "sessions": len(baseline.sessions),
+                "starts": sum(len(session.runs) for session in baseline.sessions),
+                "recorded": baseline.sessions[-1].recorded,
+            }
+        )
+    lines = list(_table([("sessions", "starts", "last recorded", "path"), *map(_entry_row, entries)]))
+    if not entries and not faults:
+        lines = [f"no baseline in {store.root}; record one: pytest --gpu-layout=SPEC --gpu-baseline=new"]
+    return Outcome(MISUSE if faults else FINE, {"root": store.root, "baselines": entries}, lines, faults)
+
+
+def _entry_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return str(entry["sessions"]), str(entry["starts"]), entry["recorded"], entry["path"]
+
+
+def _read_baseline(store: BaselineStore, path: str) -> Baseline:
+    from pytest_gpulayout.baseline import baseline_from_text
+    from pytest_gpulayout.errors import BaselineNotFound
+
+    text = store.read(path)
+    place = f"{store.root.rstrip('/')}/{path}"
+    if text is None:
+        raise BaselineNotFound(
+            f"a stored baseline was required, and there is none\n  expected in {place}\n"
+            f"  see what there is: gpulayout baseline list --dir {store.root}",
+            path=place,
+        )
+    return baseline_from_text(text, place)
+
+
+def _baseline_show(arguments: argparse.Namespace) -> Outcome:
+    from pytest_gpulayout.adapters.baseline_files import open_baselines
+    from pytest_gpulayout.baseline import baseline_to_text
+
+    baseline = _read_baseline(open_baselines(arguments.dir), arguments.path)
+    return Outcome(FINE, json.loads(baseline_to_text(baseline)), list(_baseline_lines(baseline)))
+
+
+def _baseline_lines(baseline: Baseline) -> Iterator[str]:
+    key = baseline.key
+    for title, part in (("model", key.model), ("hardware", key.hardware), ("workload", key.workload)):
+        yield f"{title}: " + ", ".join(
+            f"{name} {value}" for name, value in part.items() if value not in (None, "", [])
+        )
+    yield f"layout: {key.layout}, protocol {key.protocol}"
+    for session in baseline.sessions:
+        facts = {**session.epoch, **session.sut, **session.covariates}
+        yield f"session {session.recorded}: {len(session.runs)} starts of {session.runs[0].requests} requests"
+        yield "  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
+    yield from _table([("metric", "median of starts", "lowest", "highest", "starts"), *_metric_rows(baseline)])
+
+
+def _metric_rows(baseline: Baseline) -> Iterator[tuple[str, ...]]:
+    from pytest_gpulayout.metrics import METRICS
+    from pytest_gpulayout.report import quantity
+    from pytest_gpulayout.stats import median
+
+    names = dict.fromkeys(name for session in baseline.sessions for run in session.runs for name in run.metrics)
+    for name in names:
+        unit = METRICS[name].unit if name in METRICS else ""
+        values = [sample.value for session in baseline.samples(name) for sample in session]
+        yield name, *(quantity(f(values), unit) for f in (median, min, max)), str(len(values))

@@ -1,0 +1,365 @@
+"""Public fakes for every port: try a suite, or a plugin of your own, without a GPU, a server or any waiting.
+
+A conftest that runs every test against them::
+
+    from pytest_gpulayout.testing import FakeLoadDriver, FakeServerLauncher, FakeTopologySource
+
+    def pytest_gpulayout_topology_source(settings, layout):
+        return FakeTopologySource(gpus=8, link="NV18", platform=settings.platform)
+
+    def pytest_gpulayout_server_launcher(settings, log_dir):
+        return FakeServerLauncher(log_dir, transport="P2P/CUMEM")
+
+    def pytest_gpulayout_load_driver(settings):
+        return FakeLoadDriver(ttft_ms=20, tpot_ms=5)
+
+The fakes write logs in the formats of NCCL and vLLM, so that the real readers judge them. They import no adapter.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from pytest_gpulayout.errors import MeasurementError, ServerExited, TopologyError
+from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.topology import Device, Topology, parse_link_class
+from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
+from pytest_gpulayout.workload import Workload
+
+__all__ = ["FakeLoadDriver", "FakeServer", "FakeServerLauncher", "FakeTopologySource", "InMemoryBaselines"]
+
+_GIB = 2**30
+_NS_PER_MS = 1_000_000
+_FIRST_PID = 2**22 + 1
+"""Linux gives no process an id above 2**22, so nobody can hit a real one by mistake."""
+_CHANNELS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeTopologySource:
+    """Devices that are described instead of probed.
+
+    ``FakeTopologySource(gpus=4, link="PIX", links={(0, 1): "NV4", (2, 3): None})`` has one bridge, and one link
+    that nobody knows.
+
+    :param link: class of every link that ``links`` does not name; ``None`` for unknown.
+    :param links: class by pair of indices (a, b), a < b.
+    :param error: raised by :meth:`probe` instead, as on a machine without a driver.
+    """
+
+    gpus: int = 8
+    link: str | None = "NV18"
+    links: Mapping[tuple[int, int], str | None] = field(default_factory=dict)
+    name: str = "NVIDIA H200"
+    memory_gib: int = 141
+    platform: Platform = "cuda"
+    driver_version: str | None = "580.65.06"
+    cuda_version: str | None = "13.0"
+    error: TopologyError | None = None
+
+    def probe(self) -> Topology:
+        """Return what was described.
+
+        :raises TopologyError: the one that was given as ``error``.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.platform == "cpu":
+            devices = tuple(
+                Device(index, name=f"core {index}", numa_node=0, cpu_affinity=str(index))
+                for index in range(self.gpus)
+            )
+            return Topology(devices, {}, "fake", recorded=False, platform="cpu")
+        cells = {pair: self.links.get(pair, self.link) for pair in combinations(range(self.gpus), 2)}
+        return Topology(
+            devices=tuple(map(self._gpu, range(self.gpus))),
+            links={pair: parse_link_class(text) for pair, text in cells.items() if text is not None},
+            source="fake",
+            recorded=False,
+            driver_version=self.driver_version,
+            cuda_version=self.cuda_version,
+        )
+
+    def _gpu(self, index: int) -> Device:
+        return Device(
+            index,
+            name=self.name,
+            uuid=f"GPU-00000000-0000-0000-0000-{index:012x}",
+            pci_bus_id=f"00000000:{index + 1:02X}:00.0",
+            numa_node=0,
+            memory_bytes=self.memory_gib * _GIB,
+        )
+
+
+class FakeServer:
+    """A server that exists on paper: nothing listens at its address.
+
+    :param folder: an existing folder for its log, and for NCCL's logs.
+    :param transport: see :class:`FakeServerLauncher`.
+    :param on_stop: called once, when it is stopped.
+    """
+
+    def __init__(
+        self, spec: ServerSpec, folder: Path, *, transport: str | None, on_stop: Callable[[], None] = lambda: None
+    ) -> None:
+        ranks = range(spec.layout.ranks)
+        name = f"-{spec.layout}" if spec.layout.ranks > 1 else ""
+        self.spec = spec
+        self.endpoint = Endpoint("http://127.0.0.1:9", spec.model, "fake-key")
+        self.proof = ServerProof("0.32.0", f"vllm-0.32.0{name}-0123abcd", {r: _FIRST_PID + r for r in ranks}, 1.0)
+        self.command = ("python", "--model", spec.model, *spec.layout.engine_arguments(), *spec.arguments)
+        self.log = folder / "server.log"
+        self._nccl_dir = folder / "nccl"
+        self._transport = transport
+        self._on_stop = on_stop
+        self._stopped = False
+        self._cause: str | None = None
+        self._write_logs()
+
+    def nccl_logs(self) -> Sequence[Path]:
+        """Return the files that NCCL would have written, one per rank."""
+        return sorted(self._nccl_dir.iterdir())
+
+    def mapped_segments(self) -> Mapping[int, Collection[str]]:
+        """Return the segments of vLLM's shared-memory communicator; none where the transport is another."""
+        ranks = range(self.spec.layout.ranks)
+        if self._transport in (None, "CPU/GLOO") or len(ranks) == 1:
+            return dict.fromkeys(ranks, ())
+        group = "-".join(map(str, ranks))
+        segments = [f"/dev/shm/vllm_dist_fake-tp:0-[{group}]-cpushm_{member}" for member in ranks]
+        return dict.fromkeys(ranks, segments)
+
+    def check_alive(self) -> None:
+        """Do nothing until :meth:`die` was called.
+
+        :raises ServerExited: it was.
+        """
+        if self._cause is not None:
+            raise ServerExited(
+                f"the vLLM server for {self.spec.layout} went away while it was in use\n  cause: {self._cause}",
+                command=self.command,
+                exit_code=1,
+            )
+
+    def die(self, cause: str = "EngineDeadError") -> None:
+        """Go away, as an engine that runs out of memory does. :param cause: what its log would say."""
+        self._cause = cause
+
+    def stop(self) -> None:
+        """End; may be called again."""
+        if not self._stopped:
+            self._stopped = True
+            self._on_stop()
+
+    def _write_logs(self) -> None:
+        self._nccl_dir.mkdir(parents=True)
+        self.log.write_text("".join(line + "\n" for line in self._vllm_lines()), encoding="utf-8")
+        if self.spec.platform == "cuda" and self.spec.layout.ranks > 1 and self._transport is not None:
+            for rank, pid in self.proof.rank_pids.items():
+                text = "".join(line + "\n" for line in _nccl_lines(self.spec.layout, rank, pid, self._transport))
+                (self._nccl_dir / f"nccl.fake-host.{pid}.log").write_text(text, encoding="utf-8")
+
+    def _vllm_lines(self) -> Iterator[str]:
+        head = f"(Worker_TP0 pid={_FIRST_PID}) INFO 11-21 04:07:12"
+        if self.spec.platform == "cpu" and self.spec.layout.ranks > 1 and self._transport == "CPU/GLOO":
+            yield (
+                f"{head} [cpu_communicator.py:47] CPU SHM communicator disabled for group tp:0: "
+                "ranks span multiple nodes; falling back to torch.distributed for CPU collectives."
+            )
+        yield f"{head} [api_server.py:500] Application startup complete."
+
+
+def _nccl_lines(layout: Layout, rank: int, pid: int, transport: str) -> Iterator[str]:
+    """NCCL 2.27's log of one rank of a ring, at NCCL_DEBUG=INFO (``src/init.cc``, ``src/transport/*.cc``)."""
+    ranks = layout.ranks
+    head = f"fake-host:{pid}:{pid + 50} [{rank}] NCCL INFO"
+    comm = f"comm 0x55d0c0de{rank:04x} rank {rank}"
+    network = "Socket" if transport.startswith("NET/Socket") else "IB"
+    yield f"{head} NCCL version 2.27.7+cuda13.0"
+    yield f"{head} Using network {network}"
+    yield (
+        f"{head} ncclCommInitRankConfig {comm} nranks {ranks} cudaDev {rank} nvmlDev {rank} "
+        f"busId {rank + 1}000 commId 0x5eedf00d - Init START"
+    )
+    yield f"{head} {comm} nRanks {ranks} nNodes 1 localRanks {ranks} localRank {rank} MNNVL 0"
+    before, after = (rank - 1) % ranks, (rank + 1) % ranks
+    for channel in range(_CHANNELS):
+        name = f"{head} Channel {channel:02d}/0 :"
+        if transport.startswith(
+            "NET/"
+        ):  # a network names both ends, peer to peer and shared memory the sender's only
+            yield f"{name} {before}[{before}] -> {rank}[{rank}] [receive] via {transport}"
+            yield f"{name} {rank}[{rank}] -> {after}[{after}] [send] via {transport}"
+        else:
+            yield f"{name} {rank}[{rank}] -> {after}[{after}] via {transport}"
+
+
+class FakeServerLauncher:
+    """Starts :class:`FakeServer`, and remembers what it started and stopped.
+
+    ``FakeServerLauncher(log_dir, failures={2: ServerStartFailed("CUDA out of memory")})`` fails at its second start.
+
+    :param log_dir: an existing folder.
+    :param transport: what follows ``via`` in NCCL's log, such as ``"P2P/CUMEM"`` or ``"NET/Socket/0"``; ``None``
+        leaves no evidence. On the CPU platform ``"CPU/GLOO"`` is the slow one, everything else is shared memory.
+    :param failures: what a start raises, by its number, from 1; ``KeyboardInterrupt()`` is Ctrl-C while it loads.
+    :param on_event: called with ``"start"`` or ``"stop"`` and the server's spec.
+    """
+
+    def __init__(
+        self,
+        log_dir: Path,
+        *,
+        transport: str | None = "P2P/CUMEM",
+        failures: Mapping[int, BaseException] | None = None,
+        on_event: Callable[[str, ServerSpec], None] | None = None,
+    ) -> None:
+        self._log_dir = log_dir
+        self._transport = transport
+        self._failures = failures or {}
+        self._on_event = on_event
+        self.launched: list[ServerSpec] = []
+        """What was asked for, failures included, in order."""
+        self.servers: list[FakeServer] = []
+        """What came up, in order."""
+        self.stopped: list[ServerSpec] = []
+        """What was stopped, in order."""
+
+    def launch(self, spec: ServerSpec, progress: Progress) -> FakeServer:
+        """Return a server at once, or raise what was scripted for this start."""
+        self.launched.append(spec)
+        number = len(self.launched)
+        progress(f"{spec.layout}: vLLM is loading")
+        if number in self._failures:
+            raise self._failures[number]
+        self._tell("start", spec)
+        folder = self._log_dir / f"server-{number}-{spec.layout}"
+        server = FakeServer(spec, folder, transport=self._transport, on_stop=lambda: self._stop(spec))
+        self.servers.append(server)
+        return server
+
+    def _stop(self, spec: ServerSpec) -> None:
+        self.stopped.append(spec)
+        self._tell("stop", spec)
+
+    def _tell(self, event: str, spec: ServerSpec) -> None:
+        if self._on_event is not None:
+            self._on_event(event, spec)
+
+
+class FakeLoadDriver:
+    """Computes what a client would have seen, on a clock that is only a number; nothing is sent and nothing waits.
+
+    Every request takes ``ttft_ms`` and then ``tpot_ms`` for each further token, one chunk per token; a freed place
+    is taken at once. With ``noise=0`` all metrics are exact: ``median_ttft_ms`` is ``ttft_ms``.
+
+    ``FakeLoadDriver(ttft_ms=20, tpot_ms=5, slow_down=[1.0, 1.3])``: from the second run on, 30 % slower.
+
+    :param noise: relative spread (standard deviation) of the latencies, drawn once per run and once per request.
+    :param seed: of the noise. :param slow_down: factor on all latencies: of all runs, or one per run in order, the
+        last of which stays. :param fail_requests: so many requests at the start of each run fail.
+    :param errors: what a run raises, by its number, from 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        ttft_ms: float = 20.0,
+        tpot_ms: float = 5.0,
+        noise: float = 0.0,
+        seed: int = 0,
+        slow_down: float | Sequence[float] = 1.0,
+        fail_requests: int = 0,
+        errors: Mapping[int, MeasurementError] | None = None,
+    ) -> None:
+        self._ttft_ns = ttft_ms * _NS_PER_MS
+        self._tpot_ns = tpot_ms * _NS_PER_MS
+        self._noise = noise
+        self._random = random.Random(seed)
+        self._slow_down = [slow_down] if isinstance(slow_down, (int, float)) else list(slow_down)
+        self._fail_requests = fail_requests
+        self._errors = errors or {}
+        self.runs: list[tuple[Endpoint, Workload]] = []
+        """Where each run went, and what it was asked to send."""
+
+    def run(self, endpoint: Endpoint, workload: Workload, *, seed: int, progress: Progress) -> RunTrace:
+        """Return the trace of all batches; see :class:`pytest_gpulayout.ports.LoadDriver`.
+
+        :raises MeasurementError: the one that was scripted for this run.
+        """
+        self.runs.append((endpoint, workload))
+        number = len(self.runs)
+        progress(f"{workload.name}: sending")
+        if number in self._errors:
+            raise self._errors[number]
+        factor = self._slow_down[min(number, len(self._slow_down)) - 1] * self._spread()
+        indices = itertools.count()
+        batches: list[BatchTrace] = []
+        now_ns = 10**12
+        for batch in range(workload.batches):
+            batches.append(self._batch(batch, workload, now_ns, factor, indices))
+            now_ns = batches[-1].end_ns + _NS_PER_MS
+        return RunTrace(
+            batches=tuple(batches),
+            seed=seed,
+            warmup_requests=workload.warmup_requests,
+            connections=workload.concurrency,
+            timestamp_source="computed",
+            started_s=1_700_000_000.0,
+        )
+
+    def _batch(
+        self, batch: int, workload: Workload, start_ns: int, factor: float, indices: Iterator[int]
+    ) -> BatchTrace:
+        free_at = [start_ns] * workload.concurrency
+        requests = []
+        for index in itertools.islice(indices, workload.requests):
+            request = self._request(index, batch, workload, heapq.heappop(free_at), factor * self._spread())
+            heapq.heappush(free_at, request.end_ns)
+            requests.append(request)
+        return BatchTrace(index=batch, requests=tuple(requests), start_ns=start_ns, end_ns=max(free_at))
+
+    def _request(self, index: int, batch: int, workload: Workload, send_ns: int, factor: float) -> RequestTrace:
+        tokens = workload.output_tokens
+        chunks = tuple(send_ns + round(factor * (self._ttft_ns + n * self._tpot_ns)) for n in range(tokens))
+        failed = index < self._fail_requests
+        return RequestTrace(
+            index=index,
+            batch=batch,
+            prompt_tokens=workload.input_tokens,
+            output_tokens=0 if failed else tokens,
+            send_ns=send_ns,
+            chunk_ns=() if failed else chunks,
+            end_ns=chunks[-1],
+            error="HTTP 500: a failure that was asked for" if failed else None,
+        )
+
+    def _spread(self) -> float:
+        return self._random.lognormvariate(0.0, self._noise)
+
+
+class InMemoryBaselines:
+    """A store without files, for code that judges through :mod:`pytest_gpulayout.gate`. :param texts: by path."""
+
+    def __init__(self, texts: Mapping[str, str] | None = None, *, root: str = "memory") -> None:
+        self.root = root
+        self.texts = dict(texts or {})
+
+    def read(self, path: str) -> str | None:
+        """Return the text stored under ``path``, ``None`` when there is none."""
+        return self.texts.get(path)
+
+    def write(self, path: str, text: str) -> None:
+        """Store ``text`` under ``path``."""
+        self.texts[path] = text
+
+    def paths(self) -> Sequence[str]:
+        """Return all stored paths, sorted."""
+        return sorted(self.texts)

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+# pytester forgets what a run inside it imported: loading it here saves seconds, numpy refuses a second time, and
+# fsspec keeps its memory:// files.
+import fsspec.implementations.memory  # noqa: F401
+import jsonschema  # noqa: F401
+import numpy  # noqa: F401
+import pytest
+import scipy.special  # noqa: F401
+
+import pytest_gpulayout.adapters.baseline_files
+import pytest_gpulayout.adapters.host
+import pytest_gpulayout.adapters.recorded_topology
+import pytest_gpulayout.session
+import pytest_gpulayout.testing  # noqa: F401
+from tests.support.suite import Suite
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester) -> Suite:
+    return Suite(pytester)

@@ -1,0 +1,173 @@
+"""Options and ini keys as such: texts, ini values, wrong values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_gpulayout.options import OPTIONS
+from tests.support.suite import Suite
+
+ONE_TEST = "def test_it(gpu_session): print('settings', gpu_session.settings)"
+
+INI_VALUES = {
+    "layout": ("tp2", "layouts=(Layout(tp=2,*"),
+    "model": ("org/other", "model='org/other'*"),
+    "vllm-args": ("--max-model-len 'a b'", "vllm_args=('--max-model-len', 'a b')*"),
+    "platform": ("cpu", "platform='cpu'*"),
+    "link": ("nv4", "link=LinkRequirement(text='nv4'*"),
+    "devices": ("1, 0", "devices=('1', '0')*"),
+    "topology": ("topology.txt", "topology_file=PosixPath('/*/topology.txt')*"),
+    "transport": ("p2p", "*families=frozenset({<TransportFamily.P2P: 'P2P'>})*"),
+    "workload": ("smoke", "workload=Workload(name='smoke'*"),
+    "baseline": ("off", "baseline_mode='off'*"),
+    "baseline-dir": ("memory://numbers", "baseline_dir='memory://numbers'*"),
+    "tolerance": ("p99_itl_ms=20%", "*Tolerance(metric='p99_itl_ms', fraction=0.2)*"),
+    "starts": ("5", "starts=5*"),
+    "budget": ("12.5", "budget_s=12.5*"),
+    "inconclusive": ("fail", "inconclusive='fail'*"),
+    "results": ("out/results.json", "results_file=PosixPath('/*/out/results.json')*"),
+    "start-timeout": ("30", "start_timeout_s=30.0*"),
+}
+
+
+def test_every_option_has_a_row_here() -> None:
+    assert list(INI_VALUES) == [option.name for option in OPTIONS]
+
+
+@pytest.mark.parametrize("name", INI_VALUES)
+def test_ini_key_is_the_option_s_default(suite: Suite, name: str) -> None:
+    value, shown = INI_VALUES[name]
+    suite.model = None
+    suite.write(test_it=ONE_TEST)
+    Path("topology.txt").write_text("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-3\t0\n")
+    layout = [] if name == "layout" else ["gpulayout_layout = tp1"]
+    suite.ini(*layout, f"gpulayout_{name.replace('-', '_')} = {value}")
+
+    result = suite.run("-s", "--strict-config", "--strict-markers")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"*settings Settings(*{shown}"])
+
+
+def test_option_beats_ini_key(suite: Suite) -> None:
+    suite.write(test_it="def test_it(gpu_layout): pass")
+    suite.ini("gpulayout_layout = tp4")
+
+    suite.run("--gpu-layout=tp2", "-v").stdout.fnmatch_lines(["*test_it[[]tp2[]] PASSED*"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("link", "nvx", "link requirement: expected a number of NVLinks after 'nv', such as nv4"),
+        ("link", "fast", "link requirement: expected nvlink, nvN, pix, pxb, phb, node or any, found 'fast'"),
+        ("transport", "p2p,carrier", "transport: expected one of *, found 'carrier'"),
+        ("tolerance", "median_tpot=5%", "tolerance: unknown metric 'median_tpot', did you mean median_tpot_ms*"),
+        ("tolerance", "median_tpot_ms=0", "tolerance: median_tpot_ms needs above 0 %*"),
+        ("tolerance", "median_tpot_ms", "tolerance: expected METRIC=5% or METRIC=0.05, found 'median_tpot_ms'"),
+        ("workload", "smokey", "a workload must be one of the built-in ones"),
+        ("starts", "0", "a whole number above 0 was expected, found '0'"),
+        ("starts", "2.5", "a whole number above 0 was expected, found '2.5'"),
+        ("budget", "-1", "a number above 0 was expected, found '-1'"),
+        ("budget", "inf", "a number above 0 was expected, found 'inf'"),
+        ("start-timeout", "soon", "a number above 0 was expected, found 'soon'"),
+        ("vllm-args", "--port 80", "--port is set by pytest-gpulayout; use nothing: a free port is chosen"),
+        ("vllm-args", "--max-model-len '2", "No closing quotation"),
+        ("model", "/nowhere/at-all", "a model folder was required, found nothing"),
+        ("layout", "tp2;tp4", "layout: expected a factor (tpN, ppN, dpN, pcpN, dcpN) or ep, found ';tp4'"),
+    ],
+)
+@pytest.mark.parametrize("origin", ["option", "ini"])
+def test_wrong_value_names_option_and_ini_key(
+    suite: Suite, option: str, value: str, message: str, origin: str
+) -> None:
+    suite.model = None
+    suite.write(test_it=ONE_TEST)
+    key = "gpulayout_" + option.replace("-", "_")
+    layout = [] if option == "layout" else ["--gpu-layout=tp1"]
+    if origin == "ini":
+        suite.ini(f"{key} = {value}")
+        result = suite.run(*layout)
+    else:
+        result = suite.run(*layout, f"--gpu-{option}={value}")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: --gpu-{option} (ini: {key}): {message}"])
+
+
+@pytest.mark.parametrize("name", ["platform", "baseline", "inconclusive"])
+def test_choices_hold_on_the_command_line_and_in_the_ini_file(suite: Suite, name: str) -> None:
+    suite.write(test_it=ONE_TEST)
+
+    result = suite.run("--gpu-layout=tp1", f"--gpu-{name}=rocm")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*argument --gpu-{name}: invalid choice: 'rocm'*"])
+
+    suite.ini(f"gpulayout_{name} = rocm")
+    result = suite.run("--gpu-layout=tp1")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: --gpu-{name} (ini: gpulayout_{name}): one of * was expected, found 'rocm'"])
+
+
+def test_reserved_argument_in_any_spelling(suite: Suite) -> None:
+    suite.write(test_it=ONE_TEST)
+
+    for argument in ("-tp 2", "--tensor-parallel-size=2", "--tensor_parallel_size 2"):
+        result = suite.run("--gpu-layout=tp1", f"--gpu-vllm-args={argument}")
+
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["*is set by pytest-gpulayout; use --gpu-layout"])
+
+
+def test_help_lists_all_options_in_one_group(suite: Suite) -> None:
+    text = " ".join(suite.run("--help").stdout.str().split())
+
+    group = text[text.index("gpu layout:") :]
+    for option in OPTIONS:
+        assert f"{option.flag}=" in group
+        assert f"{option.ini} (string): default of {option.flag}" in group
+
+
+def test_markers_are_registered_with_their_signature(suite: Suite) -> None:
+    suite.run("--markers").stdout.fnmatch_lines(
+        [
+            "@pytest.mark.gpu_layout(*specs, link=None): *",
+            "@pytest.mark.gpu_model(id, **vllm_args): *",
+            "@pytest.mark.gpu_workload(name_or_dict): *",
+        ]
+    )
+
+
+def test_fixtures_say_what_they_give(suite: Suite) -> None:
+    result = suite.run("--fixtures")
+
+    for name in ("gpu_layout", "gpu_topology", "vllm_server", "transport_report", "measure", "perf_gate"):
+        result.stdout.re_match_lines([rf"{name}( \[session scope\])? -- .*plugin\.py:\d+"])
+    result.stdout.no_fnmatch_line("*no docstring available*")
+
+
+def test_strict_markers_and_config(suite: Suite) -> None:
+    suite.ini("addopts = --strict-markers --strict-config", "gpulayout_link = nvlink")
+    suite.write(
+        test_it="""
+        import pytest
+        @pytest.mark.gpu_layout("tp2", link="pix")
+        @pytest.mark.gpu_model("org/other", max_model_len=64)
+        @pytest.mark.gpu_workload("smoke")
+        def test_it(gpu_layout): pass
+        """
+    )
+
+    suite.run("--gpu-layout=tp2").assert_outcomes(passed=1)
+
+
+def test_misspelt_ini_key_is_found_by_strict_config(suite: Suite) -> None:
+    suite.ini("addopts = --strict-config", "gpulayout_baselines = here")
+    suite.write(test_it="def test_it(): pass")
+
+    result = suite.run()
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: Unknown config option: gpulayout_baselines"])

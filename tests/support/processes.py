@@ -1,0 +1,89 @@
+"""Starting the fake vLLM, and watching processes from outside.
+
+As a script (``python -m tests.support.processes LAYOUT LOG_DIR TIMEOUT_S``) it is a pytest that can be killed: it
+launches a server, prints its URL, and lives until its standard input closes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.ports import Platform, ServerSpec
+from pytest_gpulayout.topology import Device
+
+ROOT = Path(__file__).parents[2]
+FAKE_VLLM = Path(__file__).parent / "fake_vllm"
+
+
+def use_fake_vllm(monkeypatch: pytest.MonkeyPatch, **behaviour: object) -> None:
+    """Let ``python -m vllm...`` start the fake. :param behaviour: see ``fake_vllm/vllm/behaviour.py``."""
+    monkeypatch.setenv("PYTHONPATH", str(FAKE_VLLM))
+    monkeypatch.setenv("FAKE_VLLM", json.dumps(behaviour))
+
+
+def server_spec(
+    layout: str = "tp2",
+    *,
+    platform: Platform = "cpu",
+    arguments: tuple[str, ...] = (),
+    model: str = "some/model",
+    timeout_s: float = 20,
+    uuid: str | None = None,
+) -> ServerSpec:
+    parsed = parse_layout(layout)
+    devices = tuple(
+        Device(rank, uuid=f"{uuid or 'GPU'}-{rank}", cpu_affinity=str(rank)) for rank in range(parsed.gpus)
+    )
+    return ServerSpec(parsed, model, arguments, platform, devices, sys.executable, timeout_s)
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 15) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s} s"
+        time.sleep(0.02)
+
+
+def processes_marked(marker: str) -> dict[int, str]:
+    """Process id -> title of all living processes that have ``marker`` in their environment, but not this one."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        try:
+            environment = Path(f"/proc/{entry}/environ").read_bytes() if entry.isdigit() else b""
+            if marker.encode() in environment and int(entry) != os.getpid():
+                found[int(entry)] = command_line(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+def command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
+def segments_of(identity: str) -> list[str]:
+    return sorted(name for name in os.listdir("/dev/shm") if identity in name)
+
+
+def main() -> None:
+    from pytest_gpulayout.adapters.vllm_process import VllmLauncher
+
+    layout, log_dir, timeout_s = sys.argv[1:]
+    spec = server_spec(layout, platform="cuda", timeout_s=float(timeout_s), uuid=os.environ["TEST_MARKER"])
+    server = VllmLauncher(Path(log_dir)).launch(spec, lambda _: None)
+    sys.stdout.write(f"{server.endpoint.url}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,561 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_gpulayout.baseline import baseline_to_text
+from pytest_gpulayout.cli import main
+from pytest_gpulayout.metrics import METRICS, batch_metrics
+from pytest_gpulayout.report import performance_record, results_document
+from pytest_gpulayout.trace import RunTrace
+from pytest_gpulayout.verdict import Status, Verdict
+from tests.native.build import (
+    DRIVER_NOT_LOADED,
+    FakeGpu,
+    FakeMachine,
+    FakePair,
+    build_fake_nvml,
+    fake_nvml_environment,
+)
+from tests.support.measurements import baseline_of, key, measurement_of, run_of
+from tests.support.stream_server import Reply, StreamServer
+
+TOPO = """\
+\tGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity
+GPU0\t X \tSYS\tSYS\t0-7\t0
+GPU1\tSYS\t X \tNV4\t8-15\t1
+GPU2\tSYS\tNV4\t X \t8-15\t1
+"""
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in an empty folder; misuse that argparse finds counts as its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Ran:
+        try:
+            code = main(arguments)
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return run
+
+
+def write(name: str, text: str | bytes) -> str:
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
+
+
+# -- all of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["topo", "nccl", "measure", "compare", "baseline list", "baseline show"])
+def test_help_has_examples_and_exit_codes(run: Run, command: str) -> None:
+    ran = run(*command.split(), "--help")
+    assert ran.code == 0
+    assert "examples:\n  " in ran.out
+    assert f"gpulayout {command}" in ran.out
+    assert "exit codes: 0 fine, 1 the check failed, 2 misuse or unreadable input" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("plan", "invalid choice: 'plan'"),
+        ("topo extra", "unrecognized arguments: extra"),
+        ("topo --layout tp0", "layout: the number after 'tp' must be at least 1: 0\n  tp0\n    ^ column 3"),
+        ("topo --require nvlink4", "link requirement: expected nothing after 'nvlink'"),
+        ("nccl", "the following arguments are required: FILE"),
+        ("compare a.json", "the following arguments are required: MEASUREMENT.json"),
+        ("compare a b --tolerance x=5%", "tolerance: unknown metric 'x'"),
+        ("measure --url u --model m", "required: --requests, --input-tokens, --output-tokens"),
+        (
+            "measure --url u --model m --requests 0 --input-tokens 1 --output-tokens 1",
+            "a whole number above 0 was expected, found '0'",
+        ),
+        ("baseline", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_misuse_is_exit_code_2(run: Run, arguments: str, told: str) -> None:
+    ran = run(*arguments.split())
+    assert (ran.code, ran.out) == (2, "")
+    assert told in ran.err
+
+
+def in_new_process(*arguments: str, code: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else ["-m", "pytest_gpulayout"]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_python_m_is_the_command(tmp_path: Path) -> None:
+    (tmp_path / "topo.txt").write_text(TOPO)
+    done = in_new_process("topo", "--from", "topo.txt", "--require", "nvlink", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "failed: GPUs 0 and 1: link SYS, nvlink required" in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pytest_gpulayout.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numpy', 'scipy', 'pynvml', 'requests', 'jsonschema', 'pytest', 'httptools'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    assert in_new_process(code=code).returncode == 0
+
+
+def test_a_reader_that_goes_away_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "topo.txt").write_text(TOPO)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "pytest_gpulayout", "topo", "--from", "topo.txt", "--require", "phb"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=60)
+    os.close(write_end)
+    assert done.returncode == 1
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# -- topo ------------------------------------------------------------------------------------------------------------
+
+
+def test_topo_prints_devices_matrix_and_placement(run: Run) -> None:
+    ran = run("topo", "--from", write("topo.txt", TOPO), "--layout", "tp2", "--require", "nv4")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        "recorded in topo.txt",
+        "GPU  name  NUMA  CPUs  UUID",
+        "0    -     0     0-7   -",
+        "1    -     1     8-15  -",
+        "2    -     1     8-15  -",
+        "",
+        "      GPU0  GPU1  GPU2",
+        "GPU0  X     SYS   SYS",
+        "GPU1  SYS   X     NV4",
+        "GPU2  SYS   NV4   X",
+        "",
+        "worst link: SYS",
+        "best placement: GPU 1, 2, worst link NV4",
+    ]
+
+
+def test_topo_json_can_be_read_back(run: Run) -> None:
+    first = run("topo", "--from", write("topo.txt", TOPO), "--layout", "tp2", "--json")
+    document = first.document
+    assert document["links"][0] == {"a": 0, "b": 1, "class": "SYS"}
+    assert (document["worst"], document["all_nvlink"], document["p2p"]) == ("SYS", False, [])
+    assert document["placement"] == {"gpus": [1, 2], "worst": "NV4"}
+    assert set(document["gpus"][0]) >= {"index", "name", "uuid", "numa_node", "cpu_affinity"}
+    again = run("topo", "--from", write("topo.json", first.out), "--json").document
+    assert again == document | {"source": "topo.json", "placement": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ("--require any", 0, ""),
+        ("--require node", 1, "failed: GPUs 0 and 1: link SYS, node required\nfailed: GPUs 0 and 2"),
+        ("--layout tp2 --require nv4", 0, ""),
+        ("--layout tp2 --require nv5", 1, "failed: ranks 0 and 1 (GPUs 1 and 2): link NV4, nv5 required"),
+        ("--layout tp3 --require phb", 1, "failed: ranks 0 and 1 (GPUs 0 and 1): link SYS, phb required"),
+        ("--layout tp1 --require nvlink", 0, ""),
+        ("--layout tp4", 1, "failed: layout tp4 needs 4 GPUs, found 3 (source topo.txt): 0, 1, 2"),
+        ("--layout tp4 --require any", 1, "failed: layout tp4 needs 4 GPUs"),
+    ],
+)
+def test_topo_checks(run: Run, arguments: str, code: int, told: str) -> None:
+    for more in ([], ["--json"]):
+        ran = run("topo", "--from", write("topo.txt", TOPO), *arguments.split(), *more)
+        assert ran.code == code
+        assert told in ran.err
+        assert bool(ran.err) is bool(told)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("hello\n", "a table of links between GPUs was expected"),
+        (TOPO[: TOPO.index("GPU2\tSYS")], "in topo.txt"),
+        ("{", "a JSON document was expected"),
+        ("{}", "a topology document was expected"),
+        (b"\xff\xfe", "text in UTF-8 was expected"),
+        ("", "found an empty file"),
+    ],
+)
+def test_topo_refuses_what_it_cannot_read(run: Run, text: str | bytes, told: str) -> None:
+    ran = run("topo", "--from", write("topo.txt", text), "--json")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("gpulayout: ")
+    assert told in ran.err
+
+
+def test_topo_says_when_a_listing_settles_no_link(run: Run) -> None:
+    listing = "\tCPU Affinity\tNUMA Affinity\nGPU0\t0-7\t0\nGPU1\t8-15\t1\n"
+    ran = run("topo", "--from", write("topo.txt", listing), "--json")
+    assert ran.code == 2
+    assert (ran.document["links"], ran.document["worst"]) == ([], None)
+    assert ran.err.startswith("gpulayout: a listing that shows links was required, found none between 2 GPUs\n")
+
+
+def test_topo_of_a_missing_file(run: Run) -> None:
+    ran = run("topo", "--from", "missing.txt")
+    assert (ran.code, "a recorded topology was expected, found none" in ran.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "code", "told"),
+    [
+        (FakeMachine(gpus=[FakeGpu()] * 2, default_pair=FakePair(nvlinks=4)), 0, ""),
+        (FakeMachine(gpus=[FakeGpu()] * 2), 1, "failed: ranks 0 and 1 (GPUs 0 and 1): link SYS, nvlink required\n"),
+        (FakeMachine(init_error=DRIVER_NOT_LOADED), 2, "gpulayout: "),
+    ],
+)
+def test_topo_asks_nvml_when_no_file_is_given(tmp_path: Path, machine: FakeMachine, code: int, told: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environ |= fake_nvml_environment(build_fake_nvml(tmp_path), machine, tmp_path)
+    done = in_new_process("topo", "--layout", "tp2", "--require", "nvlink", "--json", env=environ)
+    assert done.returncode == code
+    assert done.stderr.startswith(told)
+    assert code == 2 or json.loads(done.stdout)["source"] == "NVML"
+
+
+# -- nccl ------------------------------------------------------------------------------------------------------------
+
+
+def nccl_log(transport: str, *, ranks: int = 2) -> str:
+    lines = ["node1:100:150 [0] NCCL INFO Using network Socket", "node1:100:150 [0] NCCL INFO NCCL version 2.27.7"]
+    for src in range(ranks):
+        edge = f"{src}[{src}] -> {(src + 1) % ranks}[{(src + 1) % ranks}]"
+        lines.append(f"node1:{100 + src}:150 [{src}] NCCL INFO Channel 00/0 : {edge} via {transport}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("transport", "layout", "verdict", "code"),
+    [
+        ("P2P/CUMEM/read", None, "ok", 0),
+        ("P2P/CUMEM/read", "tp2", "ok", 0),
+        ("P2P/CUMEM/read", "tp4", "no-evidence", 1),
+        ("SHM/direct/direct", "tp2", "shm", 0),
+        ("NET/Socket/0", None, "socket", 1),
+        ("NET/FastSocket/0", None, "ok", 0),
+    ],
+)
+def test_nccl_verdicts(run: Run, transport: str, layout: str | None, verdict: str, code: int) -> None:
+    more = ["--layout", layout] if layout else []
+    ran = run("nccl", write("nccl.log", nccl_log(transport)), "--json", *more)
+    document = ran.document
+    assert (ran.code, document["verdict"]) == (code, verdict)
+    assert document["transports"] == {transport: 2}
+    assert document["edges"][0] == {"src": 0, "dst": 1, "transports": [transport], "channels": 1}
+    assert (document["network"], document["nccl_version"]) == ("Socket", "2.27.7")
+    for finding in document["findings"]:
+        assert set(finding) == {"cause", "evidence", "advice"}
+
+
+def test_nccl_text_shows_the_evidence(run: Run) -> None:
+    ran = run("nccl", write("nccl.log", nccl_log("NET/Socket/0")))
+    lines = ran.out.splitlines()
+    assert lines[:4] == [
+        "verdict: socket",
+        "transports: NET/Socket/0 x2",
+        "ranks   transport     channels",
+        "0 -> 1  NET/Socket/0  1",
+    ]
+    assert "  nccl.log:3: node1:100:150 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via NET/Socket/0" in lines
+
+
+def test_nccl_puts_logs_together_and_reads_standard_input(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, first, second = nccl_log("P2P/CUMEM").rsplit("\n", 3)[:3]
+    write("a.log", f"{head}\n{first}\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{second}\n".encode())))
+    ran = run("nccl", "a.log", "-", "--layout", "tp2", "--json")
+    assert (ran.code, ran.document["transports"]) == (0, {"P2P/CUMEM": 2})
+
+
+def test_nccl_without_evidence_says_how_to_get_it(run: Run) -> None:
+    ran = run("nccl", write("empty.log", ""))
+    assert (ran.code, ran.out.splitlines()[0]) == (1, "verdict: no-evidence")
+    assert "NCCL_DEBUG=INFO" in ran.out
+    assert "None" not in ran.out
+
+
+@pytest.mark.parametrize("name", ["missing.log", "."])
+def test_nccl_refuses_what_it_cannot_read(run: Run, name: str) -> None:
+    ran = run("nccl", name)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("gpulayout: a file could not be read or written: ")
+    assert f"'{name}'" in ran.err
+
+
+# -- measure ---------------------------------------------------------------------------------------------------------
+
+LOAD = ["--model", "m", "--requests", "4", "--input-tokens", "20", "--output-tokens", "3"]
+LOAD += ["--concurrency", "2", "--batches", "2"]
+
+
+def test_measure_prints_and_saves_vllm_s_keys(run: Run) -> None:
+    with StreamServer() as server:
+        ran = run("measure", "--url", server.url + "/v1/", *LOAD, "--save", "result.json", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    document = ran.document
+    assert json.loads(Path("result.json").read_text()) == document
+    assert (document["completed"], document["failed"], document["max_concurrency"]) == (8, 0, 2)
+    assert document["gpulayout"]["workload"]["name"].startswith("custom-")
+    assert document["median_ttft_ms"] > 0
+
+
+def test_measure_text(run: Run) -> None:
+    with StreamServer() as server:
+        lines = run("measure", "--url", server.url, *LOAD).out.splitlines()
+    assert lines[:2] == [f"m at {server.url}", "8 requests, 2 at a time, 20 tokens in, 3 out"]
+    assert lines[2].split() == ["metric", "median", "of", "batches", "lowest", "highest"]
+    assert [line.split()[0] for line in lines[3:]] == list(METRICS)
+
+
+def test_measure_takes_the_key_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sekret")
+    with StreamServer(api_key="sekret") as server:
+        assert run("measure", "--url", server.url, *LOAD, "--api-key-env", "MY_KEY").code == 0
+        refused = run("measure", "--url", server.url, *LOAD)
+    assert refused.code == 2
+    assert "sekret" not in refused.err
+    monkeypatch.delenv("MY_KEY")
+    missing = run("measure", "--url", server.url, *LOAD, "--api-key-env", "MY_KEY")
+    assert missing.code == 2
+    assert "required in the environment variable MY_KEY, found none\n  in --api-key-env=MY_KEY\n" in missing.err
+
+
+def test_measure_fails_when_requests_fail(run: Run) -> None:
+    with StreamServer(lambda number: Reply(error_after=1) if number == 5 else Reply()) as server:
+        ran = run("measure", "--url", server.url, *LOAD)
+    assert ran.code == 1
+    assert "1 of 8 requests failed; the first: " in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--url", "http://127.0.0.1:1"], "a server that takes connections is needed"),
+        (["--url", "http://127.0.0.1:1", "--concurrency", "9"], "found: requests = 4"),
+        (["--url", "http://127.0.0.1:1", "--save", "no/such/folder.json"], "found no/such/folder.json\n  in --save"),
+        (["--url", "http://127.0.0.1:1", "--save", "."], "found .\n  in --save"),
+    ],
+)
+def test_measure_says_what_is_wrong(run: Run, arguments: list[str], told: str) -> None:
+    ran = run("measure", *LOAD, *arguments)
+    assert (ran.code, ran.out, told in ran.err) == (2, "", True)
+
+
+# -- compare ---------------------------------------------------------------------------------------------------------
+
+
+def results(*factors: float, test: str = "t.py::test_a", **changes: Any) -> str:
+    measurement = measurement_of(*factors)
+    status = changes.pop("status", Status.PASS)
+    reasons = changes.pop("reasons", ())
+    if "runs" in changes:
+        measurement = replace(measurement, runs=changes.pop("runs"))
+    record = performance_record(Verdict(status, reasons), measurement) | changes
+    written = results_document([(test, record)], created="2026-11-21", platform="cuda", version="0.1.0")
+    return json.dumps(written)
+
+
+STORED = baseline_to_text(baseline_of([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("measured", "more", "verdict", "code"),
+    [
+        ((1.0, 1.0, 1.0), "", "pass", 0),
+        ((0.5, 0.5, 0.5), "", "improvement", 0),
+        ((1.5, 1.5, 1.5), "", "regression", 1),
+        ((1.03, 1.03, 1.03), "", "inconclusive", 3),
+        (
+            (1.03, 1.03, 1.03),
+            "--tolerance median_tpot_ms=20%,median_ttft_ms=20%,request_throughput=20%",
+            "pass",
+            0,
+        ),
+    ],
+)
+def test_compare_verdicts(run: Run, measured: tuple[float, ...], more: str, verdict: str, code: int) -> None:
+    arguments = ["compare", write("b.json", STORED), write("m.json", results(*measured)), *more.split()]
+    ran = run(*arguments, "--json")
+    assert (ran.code, ran.document["verdict"], ran.err) == (code, verdict, "")
+    for metric in ran.document["metrics"]:
+        assert {"name", "verdict", "change", "ci", "tolerance", "min_detectable"} <= set(metric)
+    text = run(*arguments)
+    assert (text.code, text.out.splitlines()[0]) == (code, f"verdict: {verdict}")
+
+
+def failed_run() -> RunTrace:
+    sound = run_of(1.0, 1.0)
+    broken = replace(run_of(1.0, error="HTTP 500").batches[0], index=1)
+    return replace(sound, batches=(sound.batches[0], broken))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "measurement", "verdict", "told"),
+    [
+        (None, results(1.0), "no-baseline", "a stored baseline was required, and there is none in b.json"),
+        (STORED, None, "invalid", "results with a measurement were required, and there are none in m.json"),
+        (STORED[:-10], results(1.0), "invalid", "this file is none: it is not JSON"),
+        (STORED, results(1.0)[:-10], "invalid", "a results file was required, and this file is none: it is not JSON"),
+        (STORED, STORED, "invalid", "a results file was required, and this file is none: $"),
+        (STORED.replace("10.0", "NaN"), results(1.0), "invalid", "NaN is not a number"),
+        (STORED, results(1.0).replace("10.0", "NaN"), "invalid", "NaN is not a number"),
+        (STORED, results(1.0).replace("10.0", "0.0"), "invalid", "a metric of server start 1 is zero, missing or"),
+        (STORED, results(1.0, runs=()), "invalid", "no server start was measured"),
+        (STORED, results(1.0, runs=(failed_run(),)), "invalid", "1 of 2 requests failed on server start 1"),
+        (
+            STORED,
+            results(1.0, runs=(run_of(1.0, 1.0, fingerprints=["a", "b"]),)),
+            "invalid",
+            "different servers answered on start 1: a, b",
+        ),
+        (STORED, results(1.0, status=Status.INVALID, reasons=("a foreign process",)), "invalid", "a foreign process"),
+        (STORED, results(1.0, status=Status.INVALID), "invalid", "it was invalid, for a reason that is not recorded"),
+        (
+            baseline_to_text(baseline_of([1.0], hardware={"device": "H100"})),
+            results(1.0),
+            "invalid",
+            "hardware.device: stored 'H100', now 'NVIDIA H200'",
+        ),
+    ],
+)
+def test_a_side_that_is_missing_or_invalid_fails(
+    run: Run, baseline: str | None, measurement: str | None, verdict: str, told: str
+) -> None:
+    for name, text in (("b.json", baseline), ("m.json", measurement)):
+        if text is not None:
+            write(name, text)
+    ran = run("compare", "b.json", "m.json", "--json")
+    assert (ran.code, ran.document["verdict"], ran.document["metrics"]) == (1, verdict, [])
+    assert told in "\n".join(ran.document["reasons"])
+    assert told in run("compare", "b.json", "m.json").out
+
+
+def test_compare_judges_the_last_of_several_and_says_so(run: Run) -> None:
+    document = json.loads(results(1.5))
+    document["records"] += json.loads(results(1.0, test="t.py::test_last"))["records"]
+    ran = run("compare", write("b.json", STORED), write("m.json", json.dumps(document)))
+    assert ran.code == 0
+    assert "  2 measurements have this key; the last one was judged, of t.py::test_last" in ran.out.splitlines()
+
+
+def test_compare_cannot_read_a_folder_or_bytes(run: Run) -> None:
+    write("b.json", STORED)
+    assert run("compare", "b.json", ".").code == 2
+    ran = run("compare", write("bytes.json", b"\xff"), "b.json")
+    assert (ran.code, "found bytes that are no UTF-8" in ran.err) == (2, True)
+
+
+# -- baseline --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored() -> Callable[[], None]:
+    def store() -> None:
+        path = Path("gpu-baselines") / key().path
+        path.parent.mkdir(parents=True)
+        path.write_text(baseline_to_text(baseline_of([1.0, 1.2], [1.1])))
+
+    return store
+
+
+def test_baseline_list(run: Run, stored: Callable[[], None]) -> None:
+    stored()
+    ran = run("baseline", "list")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        "sessions  starts  last recorded         path",
+        f"2         3       2026-11-20T08:00:00Z  {key().path}",
+    ]
+    assert run("baseline", "list", "--json").document == {
+        "root": "gpu-baselines",
+        "baselines": [{"path": key().path, "sessions": 2, "starts": 3, "recorded": "2026-11-20T08:00:00Z"}],
+    }
+
+
+def test_baseline_list_of_nothing(run: Run) -> None:
+    ran = run("baseline", "list", "--dir", "elsewhere")
+    assert (ran.code, ran.out) == (
+        0,
+        "no baseline in elsewhere; record one: pytest --gpu-layout=SPEC --gpu-baseline=new\n",
+    )
+
+
+def test_baseline_list_tells_of_what_it_cannot_read(run: Run, stored: Callable[[], None]) -> None:
+    stored()
+    write("gpu-baselines/corrupt.json", "{")
+    Path("gpu-baselines/folder.json").mkdir()
+    ran = run("baseline", "list")
+    assert ran.code == 2
+    assert key().path in ran.out
+    assert "in gpu-baselines/corrupt.json" in ran.err
+    assert "folder.json" in ran.err
+
+
+def test_baseline_show(run: Run, stored: Callable[[], None]) -> None:
+    stored()
+    lines = run("baseline", "show", key().path).out.splitlines()
+    assert lines[0] == "model: name org/tiny, revision default"
+    assert lines[3] == "layout: tp2, protocol 1"
+    assert lines[4:6] == [
+        "session 2026-11-20T08:00:00Z: 2 starts of 2 requests",
+        "  driver 570.1, vllm 0.32.0, host node1",
+    ]
+    [row] = [line for line in lines if line.startswith("median_ttft_ms")]
+    assert row.split() == ["median_ttft_ms", "110", "ms", "100", "ms", "120", "ms", "3"]
+    document = run("baseline", "show", key().path, "--json").document
+    assert document == json.loads((Path("gpu-baselines") / key().path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("nothing.json", "expected in gpu-baselines/nothing.json\n  see what there is: gpulayout baseline list"),
+        ("../outside.json", "a baseline must lie inside gpu-baselines, found the path '../outside.json'"),
+        ("corrupt.json", "this file is none: it is not JSON"),
+    ],
+)
+def test_baseline_show_says_what_is_wrong(run: Run, stored: Callable[[], None], path: str, told: str) -> None:
+    stored()
+    write("gpu-baselines/corrupt.json", "{")
+    write("outside.json", STORED)
+    ran = run("baseline", "show", path)
+    assert (ran.code, ran.out, told in ran.err) == (2, "", True)
+
+
+def test_numbers_of_the_results_are_those_of_the_measurement() -> None:
+    written = json.loads(results(1.25))["records"][0]["runs"][0]["gpulayout"]["batches"]
+    assert [batch["metrics"] for batch in written] == batch_metrics(measurement_of(1.25).runs[0])

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+
+from pytest_gpulayout.adapters import device_lock, vllm_process
+from pytest_gpulayout.adapters.vllm_process import (
+    VllmLauncher,
+    VllmServer,
+    rank_pids,
+    require_vllm,
+    server_environment,
+)
+from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
+from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.ports import Endpoint, Platform
+from tests.support.processes import (
+    command_line,
+    processes_marked,
+    segments_of,
+    server_spec,
+    use_fake_vllm,
+    wait_until,
+)
+
+Launch = Callable[..., VllmServer]
+
+ENDPOINT = Endpoint("http://127.0.0.1:1", "m", "the-key")
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder of our own, short enough for sockets, where nothing may be left."""
+    with tempfile.TemporaryDirectory(prefix="gl-", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        monkeypatch.setattr(device_lock, "LOCK_FOLDER", folder)
+        yield Path(folder)
+        assert os.listdir(folder) == []
+
+
+@pytest.fixture
+def launch(temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
+    """Launch a fake server; whatever happens to it, nothing of it is left after the test."""
+    servers: list[VllmServer] = []
+    marker = f"TEST_MARKER={temporary.name}"
+    monkeypatch.setenv("TEST_MARKER", temporary.name)
+    monkeypatch.setattr(vllm_process, "_POLL_S", 0.05)
+    monkeypatch.setattr(vllm_process, "TERM_TIMEOUT_S", 3.0)
+    launcher = VllmLauncher(tmp_path)
+
+    def launch(
+        layout: str = "tp2", *, arguments: tuple[str, ...] = (), timeout_s: float = 20, **fake: object
+    ) -> VllmServer:
+        use_fake_vllm(monkeypatch, **fake)
+        spec = server_spec(layout, arguments=arguments, timeout_s=timeout_s)
+        servers.append(launcher.launch(spec, lambda _: None))
+        return servers[-1]
+
+    yield launch
+    for server in servers:
+        server.stop()
+    assert processes_marked(marker) == {}
+
+
+def port_of(error: ServerError) -> str:
+    return error.command[error.command.index("--port") + 1]
+
+
+def log_of(tmp_path: Path, layout: str = "tp2") -> Path:
+    return tmp_path / f"server-1-{layout}" / "server.log"
+
+
+# -- a server that works ---------------------------------------------------------------------------------------------
+
+
+def test_ready_means_that_the_layout_is_proved(launch: Launch) -> None:
+    server = launch("tp2")
+    assert server.proof.vllm_version == "0.32.0"
+    assert server.proof.fingerprint == "vllm-0.32.0-tp2-abcdef12"
+    assert {rank: command_line(pid) for rank, pid in server.proof.rank_pids.items()} == {
+        0: "VLLM::Worker_TP0",
+        1: "VLLM::Worker_TP1",
+    }
+    assert 0 < server.proof.start_s < 20
+    titles = sorted(title for title in server.pids().values() if title.startswith("VLLM::"))
+    assert titles == ["VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1"]
+
+
+def test_one_rank_is_the_worker_without_coordinates(launch: Launch) -> None:
+    server = launch("tp1")
+    assert server.proof.fingerprint == "vllm-0.32.0-abcdef12"
+    assert [command_line(pid) for pid in server.proof.rank_pids.values()] == ["VLLM::Worker"]
+
+
+def test_command_names_the_layout_and_keeps_the_arguments(launch: Launch) -> None:
+    server = launch("tp2", arguments=("--max-model-len", "2048"))
+    port = server.endpoint.url.rpartition(":")[2]
+    assert server.command == [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
+        *("--host", "127.0.0.1", "--port", port, "--tensor-parallel-size", "2", "--max-model-len", "2048"),
+    ]
+
+
+def test_each_rank_maps_the_segments_of_all(launch: Launch) -> None:
+    mapped = launch("tp2").mapped_segments()
+    assert set(mapped) == {0, 1}
+    assert mapped[0] == mapped[1]
+    assert sorted(name.rpartition("-tp:0-")[2] for name in mapped[0]) == ["[0-1]-cpushm_0", "[0-1]-cpushm_1"]
+
+
+def test_stop_leaves_nothing_and_may_be_called_twice(launch: Launch, temporary: Path) -> None:
+    server = launch("tp2")
+    (name, *_) = next(iter(server.mapped_segments().values()))
+    identity = Path(name).name.partition("-tp:")[0]
+    assert segments_of(identity)
+    pids = list(server.pids())
+    server.stop()
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    assert segments_of(identity) == []
+    assert os.listdir(temporary) == []
+    server.stop()
+
+
+def test_every_server_has_its_own_key_which_nobody_can_see(launch: Launch) -> None:
+    first, second = launch("tp1"), None
+    first.stop()
+    second = launch("tp1")
+    key = second.endpoint.api_key
+    assert key is not None
+    assert len(key) >= 32
+    assert key != first.endpoint.api_key
+    models = f"{second.endpoint.url}/v1/models"
+    assert requests.get(models, timeout=5).status_code == 401
+    assert requests.get(models, headers={"Authorization": f"Bearer {key}"}, timeout=5).status_code == 200
+    visible = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(key.encode() in text for text in visible)
+    assert key not in repr(second.endpoint) + second.log.read_text() + " ".join(second.command)
+
+
+def test_servers_of_one_launcher_keep_their_logs_apart(launch: Launch, tmp_path: Path) -> None:
+    for layout in ("tp1", "tp2"):
+        launch(layout).stop()
+    logs = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/server.log"))
+    assert logs == ["server-1-tp1/server.log", "server-2-tp2/server.log"]
+
+
+def test_progress_shows_what_the_log_says(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_fake_vllm(monkeypatch, load_s=0.3)
+    lines: list[str] = []
+    VllmLauncher(tmp_path).launch(server_spec("tp2"), lines.append).stop()
+    assert "tp2: vLLM is loading, 0 s, no output yet" in lines
+    assert any(line.endswith("init engine (profile, create kv cache, warmup model) took 0.") for line in lines)
+    assert lines[-1] == "tp2: first completion"
+
+
+# -- a server that does not come up ----------------------------------------------------------------------------------
+
+
+def test_exit_at_start_gives_cause_code_command_and_log(launch: Launch, tmp_path: Path) -> None:
+    cause = "api_server.py: error: unrecognized arguments: --no-such-flag"
+    lines = [*(f"usage line {number}" for number in range(20)), "", cause]
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", exit_at_start={"code": 2, "log": lines})
+    error, log = caught.value, log_of(tmp_path)
+    assert str(error).splitlines() == [
+        "vLLM did not start layout tp2 (exit code 2)",
+        "  cause: error: unrecognized arguments: --no-such-flag",
+        f"  command: {sys.executable} -m vllm.entrypoints.openai.api_server --model some/model --host 127.0.0.1"
+        f" --port {port_of(error)} --tensor-parallel-size 2",
+        f"  log: {log}, its last lines:",
+        *(f"    usage line {number}" for number in range(13, 20)),
+        f"    {cause}",
+        f"  read it: less {log}",
+    ]
+    assert error.exit_code == 2
+    assert error.log_tail[-1] == cause
+
+
+def test_exit_without_a_word_says_so(launch: Launch) -> None:
+    with pytest.raises(ServerStartFailed, match="cause: the log does not say"):
+        launch("tp2", exit_at_start={"code": 3, "log": []})
+
+
+def test_traceback_at_start_gives_its_root(launch: Launch) -> None:
+    lines = [
+        "(Worker_TP1 pid=7) ERROR 11-21 03:56:01 [multiproc_executor.py:1063] WorkerProc failed to start.",
+        "(Worker_TP1 pid=7) ERROR 11-21 03:56:01 [multiproc_executor.py:1063] Traceback (most recent call last):",
+        "(Worker_TP1 pid=7) ERROR 11-21 03:56:01 [multiproc_executor.py:1063] torch.OutOfMemoryError: no memory left",
+        "Traceback (most recent call last):",
+        '  File "<frozen runpy>", line 198, in _run_module_as_main',
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    with pytest.raises(ServerStartFailed, match=r"cause: torch\.OutOfMemoryError: no memory left\n"):
+        launch("tp2", exit_at_start={"code": 1, "log": lines})
+
+
+def test_timeout_names_the_option(launch: Launch, tmp_path: Path) -> None:
+    with pytest.raises(ServerStartTimeout) as caught:
+        launch("tp2", hang_at_start=True, timeout_s=1)
+    headline, cause, *_, last = str(caught.value).splitlines()
+    assert headline == "vLLM did not start layout tp2 within 1 s (--gpu-start-timeout=SECONDS gives it more)"
+    assert cause == "  cause: the log does not say"
+    assert last == f"  read it: less {log_of(tmp_path)}"
+    assert caught.value.exit_code is None
+    assert "EngineCore" in caught.value.log_tail[-1]
+
+
+def test_death_at_the_first_request_gives_the_workers_exception(launch: Launch) -> None:
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", die_at_first_request=True)
+    headline, cause, *_ = str(caught.value).splitlines()
+    assert headline == "vLLM loaded layout tp2 and then failed at the first request (exit code 0)"
+    assert cause == "  cause: RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0"
+
+
+def test_refusal_of_the_first_request_gives_the_answer(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_process, "_DYING_S", 0.1)
+    with pytest.raises(ServerStartFailed, match=r"cause: HTTP 500 .*request 1 failed"):
+        launch("tp1", fail_every_nth_request=1)
+
+
+def test_another_layout_than_asked_for(launch: Launch) -> None:
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", fingerprint="vllm-0.32.0-abcdef12")
+    assert str(caught.value).splitlines() == [
+        "the server is not the layout that was asked for: the server says it is tp1, tp2 was asked for"
+        " (vllm-0.32.0-abcdef12)",
+        f"  where: system_fingerprint of POST http://127.0.0.1:{port_of(caught.value)}/v1/completions",
+        "  leave it to --gpu-layout: take sizes such as --tensor-parallel-size out of the server's arguments",
+    ]
+
+
+@pytest.mark.parametrize("fingerprint", [None, "fp_44709d6fcb"])
+def test_no_fingerprint_of_a_layout(launch: Launch, fingerprint: str | None) -> None:
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", fingerprint=fingerprint)
+    assert str(caught.value).splitlines() == [
+        f"the server does not say which layout it runs: system_fingerprint is {str(fingerprint)!r}, "
+        "vllm-<version>-tp2-<hash> was expected",
+        f"  where: POST http://127.0.0.1:{port_of(caught.value)}/v1/completions",
+        "  vLLM >= 0.26 says it unless its fingerprint mode was changed: remove that argument",
+    ]
+
+
+def test_missing_rank_gives_the_process_table(launch: Launch, tmp_path: Path) -> None:
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", missing_worker=1)
+    assert str(caught.value).splitlines() == [
+        "layout tp2 needs 2 worker processes, found none for rank 1",
+        "  process table of the server: VLLM::EngineCore, VLLM::Worker_TP0",
+        f"  read its log: less {log_of(tmp_path)}",
+        f"  vLLM names its processes with setproctitle: {sys.executable} -m pip install setproctitle",
+    ]
+
+
+@pytest.mark.parametrize("fake", [{"exit_at_start": {}}, {"die_at_first_request": True}, {"missing_worker": 0}])
+def test_no_message_holds_the_key(launch: Launch, monkeypatch: pytest.MonkeyPatch, fake: dict[str, object]) -> None:
+    monkeypatch.setattr("secrets.token_urlsafe", lambda _: "known-key-of-the-test")
+    with pytest.raises(ServerStartFailed) as caught:
+        launch("tp2", **fake)
+    assert "known-key" not in str(caught.value) + repr(vars(caught.value))
+
+
+def test_interrupt_while_loading_leaves_nothing(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_vllm(monkeypatch, load_s=60)
+
+    def interrupt(line: str) -> None:
+        if "TP1" in line or "init engine" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        VllmLauncher(tmp_path).launch(server_spec("tp2"), interrupt)
+
+
+def test_server_that_cannot_be_made_frees_its_locks(
+    launch: Launch, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_port() -> int:
+        raise OSError("no port left")
+
+    monkeypatch.setattr(vllm_process, "_free_port", no_port)
+    with pytest.raises(OSError, match="no port left"):
+        launch("tp1")
+    assert os.listdir(temporary) == []
+
+
+def test_vllm_is_not_installed(tmp_path: Path) -> None:
+    python = script(tmp_path / "python", f'exec {sys.executable} -I -S "$@"')
+    with pytest.raises(ServerStartFailed) as caught:
+        require_vllm(python)
+    assert str(caught.value).splitlines() == [
+        "vLLM is required to serve the model, and is not installed",
+        f"  in {python}",
+        "  with NVIDIA GPUs: pip install 'pytest-gpulayout[vllm]'; without: pip install 'pytest-gpulayout[cpu]', "
+        "and --gpu-platform=cpu",
+    ]
+
+
+def test_nothing_is_started_or_locked_without_vllm(launch: Launch, tmp_path: Path) -> None:
+    spec = replace(server_spec(), python=script(tmp_path / "python", "exit 1"))
+    with pytest.raises(ServerStartFailed, match="is not installed"):
+        VllmLauncher(tmp_path / "logs").launch(spec, lambda _: None)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_python_that_is_not_there() -> None:
+    with pytest.raises(ServerStartFailed) as caught:
+        require_vllm("/no/such/python")
+    assert str(caught.value).splitlines() == [
+        "a Python that has vLLM is required to serve the model, and it cannot be run: "
+        "[Errno 2] No such file or directory: '/no/such/python'",
+        "  in /no/such/python",
+        "  check that it is there and starts: /no/such/python --version",
+    ]
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+# -- a server that goes away -----------------------------------------------------------------------------------------
+
+
+def test_engine_that_dies_in_use(launch: Launch, tmp_path: Path) -> None:
+    server = launch("tp2", die_after_requests=2)
+    server.check_alive()
+    assert [complete(server) for _ in range(2)] == [200, 500]
+    wait_until(lambda: gone(server), "the end of the server")
+    with pytest.raises(ServerExited) as caught:
+        server.check_alive()
+    headline, cause, *_, last = str(caught.value).splitlines()
+    assert headline == "the vLLM server for tp2 went away while it was in use (exit code 0)"
+    assert cause.startswith("  cause: RuntimeError: Unsupported CPU attention configuration")
+    assert last == f"  read it: less {log_of(tmp_path)}"
+
+
+def test_server_killed_in_use(launch: Launch) -> None:
+    server = launch("tp1")
+    main = next(pid for pid, title in server.pids().items() if "api_server" in title)
+    os.kill(main, signal.SIGKILL)
+    wait_until(lambda: gone(server), "the end of the server")
+    with pytest.raises(ServerExited, match=r"went away while it was in use \(ended by SIGKILL\)"):
+        server.check_alive()
+
+
+def test_keeper_killed_in_use_counts_as_the_end(launch: Launch, temporary: Path) -> None:
+    server = launch("tp1")
+    keeper = next(
+        pid for pid, title in processes_marked(f"TEST_MARKER={temporary.name}").items() if "keeper" in title
+    )
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: gone(server), "the end of the keeper")
+    with pytest.raises(ServerExited, match="ended by SIGKILL"):
+        server.check_alive()
+    for pid in server.proof.rank_pids.values():  # the fake's workers are as tough as vLLM's
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes_marked(f"TEST_MARKER={temporary.name}"), "the end of its processes", 5)
+
+
+def test_server_that_cannot_be_ended(launch: Launch, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = launch("tp1")
+    monkeypatch.setattr(vllm_process, "TERM_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(vllm_process, "_KEEPER_GRACE_S", 0.1)
+    keeper = next(
+        pid for pid, title in processes_marked(f"TEST_MARKER={temporary.name}").items() if "keeper" in title
+    )
+    os.kill(keeper, signal.SIGSTOP)
+    pids = " ".join(map(str, server.pids()))
+    try:
+        with pytest.raises(ServerError) as caught:
+            server.stop()
+        assert (temporary / "gpulayout-cpu.lock").exists()
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    monkeypatch.setattr(vllm_process, "_KEEPER_GRACE_S", 15)
+    server.stop()
+    assert processes_marked(f"TEST_MARKER={temporary.name}") == {}
+    assert str(caught.value).splitlines() == [
+        "the server of layout tp1 must be gone 0 s after it was asked to end, and is not",
+        f"  its processes: {pids}",
+        f"  end them: kill -9 {pids} {keeper}",
+    ]
+
+
+def complete(server: VllmServer) -> int:
+    body = {"model": server.endpoint.model, "prompt": "Hello", "max_tokens": 1}
+    headers = {"Authorization": f"Bearer {server.endpoint.api_key}"}
+    return requests.post(f"{server.endpoint.url}/v1/completions", json=body, headers=headers, timeout=5).status_code
+
+
+def gone(server: VllmServer) -> bool:
+    try:
+        server.check_alive()
+    except ServerExited:
+        return True
+    return False
+
+
+# -- environment -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    for name in os.environ:
+        if name.startswith(("VLLM_", "NCCL_", "CUDA_", "HF_HUB", "TORCHINDUCTOR")):
+            monkeypatch.delenv(name)
+
+    def environment(platform: Platform, model: str = "some/model") -> dict[str, str]:
+        spec = server_spec("tp2", platform=platform, model=model)
+        return server_environment(spec, ENDPOINT, tmp_path / "run", tmp_path / "nccl")
+
+    return environment
+
+
+def test_environment_of_any_server(environment: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    found = environment("cpu")
+    wanted = {"VLLM_API_KEY": "the-key", "TMPDIR": str(tmp_path / "run"), "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
+    assert found | wanted == found
+    assert not found["TORCHINDUCTOR_CACHE_DIR"].startswith(found["TMPDIR"])
+
+
+def test_cpu_environment_binds_ranks_to_their_cores(environment: Callable[..., dict[str, str]]) -> None:
+    found = environment("cpu")
+    assert found["VLLM_TARGET_DEVICE"] == "cpu"
+    assert found["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert not {"CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"} & set(found)
+
+
+def test_cuda_environment_names_devices_by_uuid_and_keeps_the_log_private(
+    environment: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    found = environment("cuda")
+    assert found["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    assert found["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert found["NCCL_DEBUG"] == "INFO"
+    assert found["NCCL_DEBUG_SUBSYS"] == "INIT,ENV,GRAPH,P2P,SHM,NET,NVLS"
+    assert found["NCCL_DEBUG_FILE"] == str(tmp_path / "nccl" / "nccl.%h.%p.log")
+    assert not {"VLLM_TARGET_DEVICE", "VLLM_CPU_OMP_THREADS_BIND"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "value"),
+    [
+        ("cuda", "NCCL_DEBUG", "TRACE"),
+        ("cuda", "NCCL_DEBUG_SUBSYS", "ALL"),
+        ("cuda", "NCCL_DEBUG_FILE", "/elsewhere/%p.log"),
+        ("cpu", "VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        ("cpu", "VLLM_CPU_KVCACHE_SPACE", "8"),
+        ("cpu", "TORCHINDUCTOR_CACHE_DIR", "/cache"),
+        ("cuda", "HF_TOKEN", "secret"),
+    ],
+)
+def test_environment_keeps_what_the_user_chose(
+    environment: Callable[..., dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    platform: Platform,
+    name: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert environment(platform)[name] == value
+
+
+@pytest.mark.parametrize("name", ["TORCHINDUCTOR_CACHE_DIR", "VLLM_CPU_KVCACHE_SPACE", "TMPDIR", "PATH"])
+def test_environment_keeps_the_callers_first_variable_first(
+    environment: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    names = [name, *(other for other in os.environ if other != name)]
+    monkeypatch.setattr(os, "environ", {other: os.environ.get(other, "1") for other in names})
+    assert next(iter(environment("cpu"))) == name
+
+
+def test_a_model_in_a_folder_needs_no_network(environment: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    assert environment("cpu", str(tmp_path))["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in environment("cpu", "some/model")
+
+
+# -- titles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "titles", "ranks"),
+    [
+        ("tp1", ["VLLM::Worker"], {0: 0}),
+        ("tp1", ["python -m vllm", "VLLM::EngineCore"], {0: 1}),
+        ("tp1", ["VLLM::EngineCore", "VLLM::Worker   "], {0: 1}),
+        ("tp2", ["VLLM::Worker_TP1", "VLLM::Worker_TP0", "VLLM::EngineCore"], {0: 1, 1: 0}),
+        ("tp2", ["VLLM::EngineCore"], {}),
+        ("pp2", ["VLLM::Worker_PP1", "VLLM::Worker_PP0"], {0: 1, 1: 0}),
+        ("tp2pp2", [f"VLLM::Worker_PP{pp}_TP{tp}" for pp in (0, 1) for tp in (0, 1)], {0: 0, 1: 1, 2: 2, 3: 3}),
+        ("dp2tp2ep", ["VLLM::Worker_DP1_TP0_EP2", "VLLM::Worker_DP0_TP1_EP1"], {2: 0, 1: 1}),
+        ("dp2tp1pp2ep", ["VLLM::Worker_DP0_PP1_TP0_EP0", "VLLM::Worker_DP1_PP1_TP0_EP1"], {1: 0, 3: 1}),
+        ("tp2pcp2", ["VLLM::Worker_PCP1_TP0", "VLLM::Worker_PCP0_TP1"], {2: 0, 1: 1}),
+        ("tp4dcp2", ["VLLM::Worker_TP3_DCP1"], {3: 0}),
+        ("tp2", ["VLLM::Worker_TP0", "VLLM::Worker", "python VLLM::Worker_TP1"], {0: 0}),
+        ("dp2", ["VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"], {}),
+    ],
+)
+def test_rank_pids(layout: str, titles: list[str], ranks: dict[int, int]) -> None:
+    assert rank_pids(parse_layout(layout), dict(enumerate(titles))) == ranks
