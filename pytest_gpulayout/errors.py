@@ -8,6 +8,7 @@
     ├── TopologyError            devices could not be listed, or are too few
     │   └── TopologyFormatError  a recorded topology that cannot be read (source, line, column)
     ├── WorkloadError            a workload that is unknown or does not make sense
+    ├── LinkError                links between devices are worse than required
     ├── EvidenceError            NCCL or vLLM logs that cannot be read
     ├── BaselineError
     │   ├── BaselineNotFound     nothing is stored under the key
@@ -69,6 +70,10 @@ class TopologyFormatError(TopologyError):
         self.column = column
         place = source + (f", line {line}" if line else "") + (f", column {column}" if column else "")
         super().__init__(f"{reason}\n  in {place}")
+
+
+class LinkError(GpuLayoutError):
+    """Links between devices that communicate are worse than required; raised by ``assert_links`` alone."""
 
 
 class WorkloadError(GpuLayoutError):

@@ -10,11 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, baseline_from_text, baseline_to_text
-from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotFound, UnsupportedLayoutError
+from pytest_gpulayout.errors import (
+    BaselineError,
+    BaselineForeign,
+    BaselineNotFound,
+    LinkError,
+    UnsupportedLayoutError,
+)
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
+from pytest_gpulayout.report import link_failure
 from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.stats import NoisePrior, median
 from pytest_gpulayout.tolerance import Tolerance, percent_text
@@ -77,6 +84,14 @@ class PlacedLayout:
     def violations(self) -> tuple[LinkViolation, ...]:
         """Pairs whose link is worse than required."""
         return check_links(self.topology, self.placement, self.layout.communicating_pairs(), self.requirement)
+
+    def assert_links(self) -> None:
+        """Do nothing when all links are as required.
+
+        :raises LinkError: one is worse, or unknown; the message lists each pair.
+        """
+        if self.violations:
+            raise LinkError(link_failure(self))
 
 
 def place_layout(

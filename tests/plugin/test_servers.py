@@ -23,10 +23,18 @@ def test_one_start_for_each_layout_and_stopped_before_the_next(suite: Suite) -> 
 
 
 def test_plain_test_between_keeps_the_server(suite: Suite) -> None:
-    suite.write(test_it=THREE_TESTS)
+    suite.fakes(
+        more="""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name)  # as a plugin that shuffles tests may do
+"""
+    )
+    suite.write(test_it=THREE_TESTS.replace("test_plain", "test_a_plain_one"))
 
-    suite.run("--gpu-layout=tp1", "-v").assert_outcomes(passed=4)
+    result = suite.run("--gpu-layout=tp1", "-v")
 
+    result.stdout.fnmatch_lines(["*::test_a[[]tp1[]] PASSED*", "*::test_a_plain_one PASSED*", "*::test_b* PASSED*"])
     assert suite.events == ["start tp1 org/tiny", "stop tp1 org/tiny"]
 
 
@@ -102,13 +110,18 @@ def test_last_failed_and_failed_first(suite: Suite) -> None:
 
 
 def test_stepwise_skips_no_test_that_has_not_run(suite: Suite) -> None:
-    suite.write(
-        test_it="def test_a(gpu_layout): pass\ndef test_b(gpu_layout, tmp_path): assert str(gpu_layout) == 'tp2'"
-    )
-    suite.run("--gpu-layout=tp1,tp2", "--sw").assert_outcomes(passed=1, failed=1)
-    suite.write(test_it="def test_a(gpu_layout): pass\ndef test_b(gpu_layout, tmp_path): pass")
+    body = """
+    import pytest
+    def test_first(vllm_server): pass
+    @pytest.mark.gpu_model("org/other")
+    def test_other(vllm_server): pass
+    def test_last(vllm_server): assert {}
+    """
+    suite.write(test_it=body.format(False))
+    suite.run("--gpu-layout=tp1", "--sw").assert_outcomes(passed=1, failed=1)
+    suite.write(test_it=body.format(True))
 
-    suite.run("--gpu-layout=tp1,tp2", "--sw").assert_outcomes(passed=3, deselected=1)
+    suite.run("--gpu-layout=tp1", "--sw").assert_outcomes(passed=2, deselected=1)
 
 
 def test_start_failure_is_told_once_and_not_tried_again(suite: Suite) -> None:
