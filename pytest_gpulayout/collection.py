@@ -70,14 +70,6 @@ def sort_by_server(items: list[pytest.Item], layouts: Sequence[Layout]) -> None:
         items[place] = item
 
 
-def skip_without_layouts(items: Sequence[pytest.Item]) -> None:
-    """Skip the tests that need a layout when none was asked for, and say what to type."""
-    reason = "needs a GPU layout: run with --gpu-layout=tp1 (without GPUs add --gpu-platform=cpu)"
-    for item in items:
-        if FIXTURE in getattr(item, "fixturenames", ()) or item.get_closest_marker(FIXTURE) is not None:
-            item.add_marker(pytest.mark.skip(reason=reason))
-
-
 def layout_in_nodeid(nodeid: str, layouts: Sequence[Layout]) -> Layout | None:
     """The layout among a test's parameters, as its node id shows it: ``test_speed[tp2]``, ``test_it[a-tp2]``."""
     parameters = nodeid.rpartition("::")[2].partition("[")[2].partition("]")[0].split("-")

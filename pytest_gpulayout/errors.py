@@ -4,6 +4,7 @@
 
     GpuLayoutError
     ├── LayoutSyntaxError        text of a layout or requirement that cannot be read (text, column)
+    ├── MarkerError              a marker whose arguments do not fit
     ├── UnsupportedLayoutError   a valid layout that this version does not start
     ├── TopologyError            devices could not be listed, or are too few
     │   └── TopologyFormatError  a recorded topology that cannot be read (source, line, column)
@@ -46,6 +47,10 @@ class LayoutSyntaxError(GpuLayoutError):
         self.column = column
         self.reason = reason
         super().__init__(f"{reason}\n  {text}\n  {' ' * (column - 1)}^ column {column}")
+
+
+class MarkerError(GpuLayoutError):
+    """A marker whose arguments cannot be used."""
 
 
 class UnsupportedLayoutError(GpuLayoutError):

@@ -9,8 +9,8 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_gpulayout.layout import Layout
-    from pytest_gpulayout.options import Settings
     from pytest_gpulayout.ports import LoadDriver, ServerLauncher, TopologySource
+    from pytest_gpulayout.settings import Settings
 
 __all__ = [
     "pytest_gpulayout_load_driver",

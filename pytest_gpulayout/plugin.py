@@ -56,10 +56,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     if not options.layouts_wanted(config):
         return
-    settings = options.settings_from_config(config)
     from pytest_gpulayout.session import GpuSession
+    from pytest_gpulayout.settings import settings_from_config
 
-    session = GpuSession(config, settings)
+    session = GpuSession(config, settings_from_config(config))
     config.stash[SESSION] = session
     config.pluginmanager.register(session, "gpulayout-session")
 
@@ -68,9 +68,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests that need a layout when none was asked for."""
     if SESSION not in config.stash:
-        from pytest_gpulayout.collection import skip_without_layouts
-
-        skip_without_layouts(items)
+        reason = "needs a GPU layout: run with --gpu-layout=tp1 (without GPUs add --gpu-platform=cpu)"
+        for item in items:
+            if "gpu_layout" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu_layout") is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -96,16 +97,7 @@ def gpu_layout(request: pytest.FixtureRequest) -> Layout:
 @pytest.fixture
 def gpu_model(request: pytest.FixtureRequest, gpu_session: GpuSession) -> ModelSpec | None:
     """The model to serve: of the ``gpu_model`` marker, else of ``--gpu-model``. Override it to choose by code."""
-    from pytest_gpulayout.servers import ModelSpec
-
-    marker = request.node.get_closest_marker("gpu_model")
-    if marker is None:
-        return ModelSpec(gpu_session.settings.model) if gpu_session.settings.model else None
-    try:
-        name: str = options.only_argument(marker, "model")
-        return ModelSpec(options.check_model(name), options.marker_arguments(marker.kwargs))
-    except ValueError as error:
-        return gpu_session.fail(f"marker gpu_model: {error}")
+    return gpu_session.model(request.node)
 
 
 @pytest.fixture
@@ -117,29 +109,13 @@ def gpu_vllm_args(gpu_session: GpuSession) -> tuple[str, ...]:
 @pytest.fixture
 def gpu_link(request: pytest.FixtureRequest, gpu_session: GpuSession) -> LinkRequirement:
     """The worst link allowed: of the ``gpu_layout`` marker, else of ``--gpu-link``."""
-    marker = request.node.get_closest_marker("gpu_layout")
-    if marker is None or marker.kwargs.get("link") is None:
-        return gpu_session.settings.link
-    from pytest_gpulayout.topology import parse_requirement
-
-    with gpu_session.reporting():
-        return parse_requirement(marker.kwargs["link"])
+    return gpu_session.link(request.node)
 
 
 @pytest.fixture
 def gpu_workload(request: pytest.FixtureRequest, gpu_session: GpuSession) -> Workload:
     """The workload to measure: of the ``gpu_workload`` marker, else of ``--gpu-workload``."""
-    from pytest_gpulayout.workload import as_workload
-
-    marker = request.node.get_closest_marker("gpu_workload")
-    if marker is None:
-        return gpu_session.settings.workload
-    try:
-        wanted = options.only_argument(marker, "workload")
-    except ValueError as error:
-        gpu_session.fail(f"marker gpu_workload: {error}")
-    with gpu_session.reporting():
-        return as_workload(wanted)
+    return gpu_session.workload(request.node)
 
 
 @pytest.fixture
@@ -153,8 +129,7 @@ def gpu_topology(
     request: pytest.FixtureRequest, gpu_session: GpuSession, gpu_layout: Layout, gpu_link: LinkRequirement
 ) -> PlacedLayout:
     """The devices chosen for the layout, in rank order, with the links between them and ``violations``."""
-    with gpu_session.reporting():
-        return gpu_session.place(request.node, gpu_layout, gpu_link)
+    return gpu_session.place(request.node, gpu_layout, gpu_link)
 
 
 @pytest.fixture
@@ -168,13 +143,11 @@ def vllm_server(
     """A running vLLM of the layout: ``url``, ``client``, ``log``, ``pids``; started once for tests that share it."""
     from pytest_gpulayout.servers import ServerView
 
-    with gpu_session.reporting():
-        gpu_session.serve(request.node, gpu_topology, gpu_model, gpu_vllm_args)
+    gpu_session.serve(request.node, gpu_topology, gpu_model, gpu_vllm_args)
     view = ServerView(gpu_session.servers)
     yield view
     view.close()
-    with gpu_session.reporting():
-        gpu_session.servers.check()  # told by the test in which it went away, not by the next one
+    gpu_session.servers.check()  # told by the test in which it went away, not by the next one
 
 
 @pytest.fixture
@@ -182,8 +155,7 @@ def transport_report(
     request: pytest.FixtureRequest, gpu_session: GpuSession, vllm_server: ServerView
 ) -> TransportReport:
     """What the ranks talk over, with evidence; fails on a transport that is not allowed and on missing evidence."""
-    with gpu_session.reporting():
-        return gpu_session.transport(request.node, vllm_server.server)
+    return gpu_session.transport(request.node, vllm_server.server)
 
 
 @pytest.fixture
@@ -198,9 +170,8 @@ def measure(
     from pytest_gpulayout.workload import as_workload
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
-        with gpu_session.reporting():
-            wanted = gpu_workload if workload is None else as_workload(workload)
-            return gpu_session.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
+        wanted = gpu_workload if workload is None else as_workload(workload)
+        return gpu_session.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
 
     return measure
 
@@ -215,7 +186,6 @@ def perf_gate(
     """``perf_gate(measurement)`` judges against the baseline; fails on a regression, no baseline, invalid numbers."""
 
     def perf_gate(measurement: Measurement) -> Verdict:
-        with gpu_session.reporting():
-            return gpu_session.judge(request.node, measurement, gpu_tolerances)
+        return gpu_session.judge(request.node, measurement, gpu_tolerances)
 
     return perf_gate

@@ -5,7 +5,6 @@ Registered as a plugin only when a layout was asked for. Imports of adapters hap
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 import sys
@@ -13,12 +12,19 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpulayout.collection import deselect_others, parametrize, server_group, sort_by_server
-from pytest_gpulayout.errors import BaselineError, GpuLayoutError, MeasurementError, ServerError, TopologyError
+from pytest_gpulayout.errors import (
+    BaselineError,
+    GpuLayoutError,
+    LinkError,
+    MeasurementError,
+    ServerError,
+    TopologyError,
+)
 from pytest_gpulayout.gate import (
     NOISE_PRIORS,
     GateInputs,
@@ -35,7 +41,6 @@ from pytest_gpulayout.ports import BaselineStore, LoadDriver, Server, ServerLaun
 from pytest_gpulayout.report import (
     Record,
     devices_text,
-    link_failure,
     performance_record,
     results_document,
     server_record,
@@ -46,11 +51,12 @@ from pytest_gpulayout.report import (
     verdict_lines,
 )
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
+from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_marker
+from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
 
 if TYPE_CHECKING:
-    from pytest_gpulayout.options import Settings
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.topology import LinkRequirement
     from pytest_gpulayout.trace import RunTrace
@@ -58,6 +64,10 @@ if TYPE_CHECKING:
 
 _RECORDS = pytest.StashKey[list[Record]]()
 _BREACHED = pytest.StashKey[bool]()
+
+
+class GateBreached(GpuLayoutError):
+    """A verdict on its way to a failed test: what was asked for is not so, as opposed to: could not be found out."""
 
 
 class GpuSession:
@@ -103,9 +113,33 @@ class GpuSession:
             raise pytest.UsageError(str(error)) from error
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Turn this package's errors in fixtures into their message alone."""
+        yield from self._messages_alone(item)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Turn this package's errors in a test into their message alone."""
+        yield from self._messages_alone(item)
+
+    def _messages_alone(self, item: pytest.Item) -> Generator[None, None, None]:
+        """Show an error without traceback, since its text is complete; what was told before is only referred to."""
+        try:
+            yield
+        except GpuLayoutError as error:
+            message = str(error)
+            item.stash[_BREACHED] = isinstance(error, (GateBreached, LinkError))
+        else:
+            return
+        told_by = self._told.setdefault(message, item.nodeid)
+        if told_by != item.nodeid:
+            message = f"{message.partition(chr(10))[0]}\n  (told in full by {told_by})"
+        pytest.fail(message, pytrace=False)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
         """Stop the server after the last test, and before one that needs another: its devices are free then."""
-        yield
+        yield from self._messages_alone(item)
         self._group = server_group(item) or self._group
         next_group = server_group(nextitem) if nextitem is not None else ""
         if next_group is not None and next_group != self._group:
@@ -182,6 +216,24 @@ class GpuSession:
 
     # -- use cases, called by the fixtures -----------------------------------------------------------------------
 
+    def model(self, item: pytest.Item) -> ModelSpec | None:
+        """The model of a test: of its marker, else of the options, else none."""
+        marker = item.get_closest_marker("gpu_model")
+        if marker is not None:
+            return model_of_marker(marker)
+        return ModelSpec(self.settings.model) if self.settings.model else None
+
+    def link(self, item: pytest.Item) -> LinkRequirement:
+        """The link requirement of a test: of its marker, else of the options."""
+        marker = item.get_closest_marker("gpu_layout")
+        wanted = marker.kwargs.get("link") if marker is not None else None
+        return self.settings.link if wanted is None else parse_requirement(wanted)
+
+    def workload(self, item: pytest.Item) -> Workload:
+        """The workload of a test: of its marker, else of the options."""
+        marker = item.get_closest_marker("gpu_workload")
+        return self.settings.workload if marker is None else workload_of_marker(marker)
+
     def place(self, item: pytest.Item, layout: Layout, requirement: LinkRequirement) -> PlacedLayout:
         """Choose the devices of a layout; the same answer for the whole run."""
         key = (layout, requirement)
@@ -190,14 +242,9 @@ class GpuSession:
             try:
                 self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
             except TopologyError as error:  # too few devices for what was asked for
-                self.breach(item, str(error))
+                raise GateBreached(str(error)) from error
             self.record(item, topology_record(self._placed[key]))
         return self._placed[key]
-
-    def check_links(self, placed: PlacedLayout) -> None:
-        """Fail the test when a link is worse than required."""
-        if placed.violations:
-            self.fail(link_failure(placed))
 
     def record(self, item: pytest.Item, record: Record) -> None:
         """Keep a finding for the summary and the results."""
@@ -217,8 +264,7 @@ class GpuSession:
                 "a model to serve is required, found none\n  in the command line, the ini file and the markers\n"
                 "  name one: --gpu-model=ID_OR_PATH, or @pytest.mark.gpu_model(...)"
             )
-        if placed.violations:
-            self.breach(item, link_failure(placed))
+        placed.assert_links()
         known = self.servers.current
         server = self.servers.get(self._spec(placed, model, arguments))
         if server is not known:
@@ -243,7 +289,7 @@ class GpuSession:
         record = transport_record(server.spec.layout, report, violations)
         self.record(item, record)
         if not record["ok"]:
-            self.breach(item, transport_failure(server.spec.layout, report, violations, self.settings.transports))
+            raise GateBreached(transport_failure(server.spec.layout, report, violations, self.settings.transports))
         return report
 
     def transport_evidence(self, server: Server) -> TransportReport:
@@ -312,7 +358,9 @@ class GpuSession:
         if self.settings.inconclusive == "fail":
             failing.add(Status.INCONCLUSIVE)
         if verdict.status in failing:
-            self.fail("\n".join(verdict_lines(verdict, self._where(measurement), self._update_command(item))))
+            raise GateBreached(
+                "\n".join(verdict_lines(verdict, self._where(measurement), self._update_command(item)))
+            )
         return verdict
 
     def _measure_again(self, measurement: Measurement) -> Measurement:
@@ -342,31 +390,6 @@ class GpuSession:
     def _update_command(self, item: pytest.Item) -> str:
         layouts = ",".join(map(str, self.settings.layouts))
         return f"pytest --gpu-layout={layouts} --gpu-baseline=update '{item.nodeid}'"
-
-    # -- failing -------------------------------------------------------------------------------------------------
-
-    def fail(self, message: str) -> NoReturn:
-        """Fail the running test without a traceback; a message that was told before is only referred to."""
-        headline = message.partition("\n")[0]
-        if message in self._told:
-            message = f"{headline}\n  (told in full by {self._told[message]})"
-        else:
-            self._told[message] = _current_test(self._config)
-        # Without its context: pytest would show the error that this message comes from a second time.
-        raise pytest.fail.Exception(message, pytrace=False) from None
-
-    def breach(self, item: pytest.Item, message: str) -> NoReturn:
-        """Fail the running test because what was asked for is not so, as opposed to: could not be found out."""
-        item.stash[_BREACHED] = True
-        self.fail(message)
-
-    @contextlib.contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Turn the package's errors into a failed test with their own message."""
-        try:
-            yield
-        except GpuLayoutError as error:
-            self.fail(str(error))
 
     # -- adapters ------------------------------------------------------------------------------------------------
 
@@ -447,12 +470,6 @@ class GpuSession:
         assert not problems, problems
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _current_test(config: pytest.Config) -> str:
-    import os
-
-    return os.environ.get("PYTEST_CURRENT_TEST", str(config.rootpath)).rpartition(" ")[0]
 
 
 def _utc_now() -> str:

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.servers import ServerView
-from pytest_gpulayout.session import GpuSession
 from pytest_gpulayout.transport import TransportReport
 from pytest_gpulayout.verdict import Verdict
 
 
-def test_links(gpu_session: GpuSession, gpu_topology: PlacedLayout) -> None:
+def test_links(gpu_topology: PlacedLayout) -> None:
     """The GPUs that communicate are linked as required."""
-    gpu_session.check_links(gpu_topology)
+    gpu_topology.assert_links()
 
 
 def test_layout(vllm_server: ServerView) -> None:

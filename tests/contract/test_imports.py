@@ -15,7 +15,7 @@ import pytest_gpulayout
 PACKAGE = "pytest_gpulayout"
 ROOT = Path(pytest_gpulayout.__file__).parent
 PLUGIN_LAYER = {
-    *("plugin", "session", "servers", "collection", "distribution", "options", "live", "hookspecs"),
+    *("plugin", "session", "servers", "collection", "distribution", "options", "settings", "live", "hookspecs"),
     *("cli", "__main__", "gates", "gates.test_gate"),
 }
 OUTSIDE_WORLD = {
@@ -129,7 +129,9 @@ def test_fakes_import_no_adapter() -> None:
     assert "pytest" not in imports("testing", in_functions=True)
 
 
-@pytest.mark.parametrize("module", ["plugin", "options", "hookspecs", "collection", "servers", "session", ""])
+@pytest.mark.parametrize(
+    "module", ["plugin", "options", "hookspecs", "collection", "servers", "session", ""]
+)
 def test_plugin_layer_loads_adapters_when_they_are_used(module: str) -> None:
     assert not [name for name in imports(module) if name.startswith(".adapters")]
 

@@ -9,8 +9,8 @@ import pytest
 from tests.support.suite import Suite
 
 LINKS_AND_SERVER = """
-def test_links(gpu_session, gpu_topology):
-    gpu_session.check_links(gpu_topology)
+def test_links(gpu_topology):
+    gpu_topology.assert_links()
 
 def test_server(vllm_server):
     pass

@@ -12,7 +12,7 @@ from tests.support.suite import GATE, Suite
 
 FOUR_KINDS = (
     """
-def test_links(gpu_session, gpu_topology): gpu_session.check_links(gpu_topology)
+def test_links(gpu_topology): gpu_topology.assert_links()
 def test_transport(transport_report): pass
 """
     + GATE

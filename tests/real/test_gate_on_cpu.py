@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu_workload({
     "name": "short", "input_tokens": 32, "output_tokens": 16, "concurrency": 4, "requests": 8, "batches": 3
 })
 
-def test_links(gpu_session, gpu_topology):
-    gpu_session.check_links(gpu_topology)
+def test_links(gpu_topology):
+    gpu_topology.assert_links()
     assert all(str(link) == "NODE" for link in gpu_topology.links)
 
 def test_processes(vllm_server, gpu_layout):

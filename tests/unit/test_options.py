@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulayout.options import (
-    OPTIONS,
-    RESERVED_ARGUMENTS,
-    check_model,
-    marker_arguments,
-    parse_vllm_arguments,
-)
+from pytest_gpulayout.options import OPTIONS
+from pytest_gpulayout.settings import RESERVED_ARGUMENTS, check_model, marker_arguments, parse_vllm_arguments
 
 
 @pytest.fixture

@@ -1,0 +1,251 @@
+"""All options, read and checked: the frozen :class:`Settings` of a run, and what a marker's arguments mean.
+
+Imported when a layout was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import pytest
+
+from pytest_gpulayout.errors import GpuLayoutError, MarkerError
+from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.options import OPTION, raw_value
+from pytest_gpulayout.servers import ModelSpec
+from pytest_gpulayout.tolerance import parse_tolerances
+from pytest_gpulayout.topology import parse_requirement
+from pytest_gpulayout.transport import parse_allowed
+from pytest_gpulayout.workload import as_workload, find_workload
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.gate import BaselineMode
+    from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.ports import Platform
+    from pytest_gpulayout.tolerance import Tolerance
+    from pytest_gpulayout.topology import LinkRequirement
+    from pytest_gpulayout.transport import AllowedTransports
+    from pytest_gpulayout.workload import Workload
+
+T = TypeVar("T")
+
+RESERVED_ARGUMENTS = {
+    "--model": "--gpu-model",
+    "--host": "nothing: the server listens on loopback",
+    "--port": "nothing: a free port is chosen",
+    "--api-key": "nothing: a random key is made for each server",
+    "--tensor-parallel-size": "--gpu-layout",
+    "-tp": "--gpu-layout",
+    "--pipeline-parallel-size": "--gpu-layout",
+    "-pp": "--gpu-layout",
+    "--data-parallel-size": "--gpu-layout",
+    "-dp": "--gpu-layout",
+    "--prefill-context-parallel-size": "--gpu-layout",
+    "-pcp": "--gpu-layout",
+    "--decode-context-parallel-size": "--gpu-layout",
+    "-dcp": "--gpu-layout",
+    "--enable-expert-parallel": "--gpu-layout",
+    "-ep": "--gpu-layout",
+    "--nnodes": "--gpu-layout",
+    "-n": "--gpu-layout",
+    "--fingerprint-mode": "nothing: the fingerprint proves the layout",
+    "--fingerprint-value": "nothing: the fingerprint proves the layout",
+    "--device-ids": "--gpu-devices",
+}
+"""Arguments of ``vllm serve`` that this plugin sets itself -> what to use instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All options, read and checked. :param vllm_args: split as a shell would. :param rootdir: pytest's."""
+
+    layouts: tuple[Layout, ...]
+    model: str | None
+    vllm_args: tuple[str, ...]
+    platform: Platform
+    link: LinkRequirement
+    devices: tuple[str, ...] | None
+    topology_file: Path | None
+    transports: AllowedTransports
+    workload: Workload
+    baseline_mode: BaselineMode
+    baseline_dir: str
+    tolerances: dict[str, Tolerance]
+    starts: int
+    budget_s: float | None
+    inconclusive: Literal["warn", "fail"]
+    results_file: Path | None
+    start_timeout_s: float
+
+
+def settings_from_config(config: pytest.Config) -> Settings:
+    """Read and check all options.
+
+    :raises pytest.UsageError: one of them is wrong; the message names the option.
+    """
+
+    def read(name: str, parse: Callable[[str], T]) -> T:
+        return _read(config, name, parse)
+
+    topology = raw_value(config, "topology")
+    results = raw_value(config, "results")
+    return Settings(
+        layouts=read("layout", lambda text: tuple(dict.fromkeys(parse_layout(part) for part in text.split(",")))),
+        model=read("model", check_model) if raw_value(config, "model") else None,
+        vllm_args=read("vllm-args", parse_vllm_arguments),
+        platform=cast("Platform", read("platform", _choice("platform"))),
+        link=read("link", parse_requirement),
+        devices=tuple(part.strip() for part in raw_value(config, "devices").split(","))
+        if raw_value(config, "devices")
+        else None,
+        topology_file=config.invocation_params.dir / topology if topology else None,
+        transports=read("transport", parse_allowed),
+        workload=read("workload", find_workload),
+        baseline_mode=cast("BaselineMode", read("baseline", _choice("baseline"))),
+        baseline_dir=_baseline_dir(config),
+        tolerances=read("tolerance", parse_tolerances),
+        starts=int(read("starts", _positive(whole=True))),
+        budget_s=read("budget", _positive()) if raw_value(config, "budget") else None,
+        inconclusive=cast("Literal['warn', 'fail']", read("inconclusive", _choice("inconclusive"))),
+        results_file=config.invocation_params.dir / results if results else None,
+        start_timeout_s=read("start-timeout", _positive()),
+    )
+
+
+def _read(config: pytest.Config, name: str, parse: Callable[[str], T]) -> T:
+    """Apply a parser and turn what it raises into pytest's way of saying that an option is wrong."""
+    try:
+        return parse(raw_value(config, name))
+    except (GpuLayoutError, ValueError) as error:
+        option = OPTION[name]
+        raise pytest.UsageError(f"{option.flag} (ini: {option.ini}): {error}") from error
+
+
+def _choice(name: str) -> Callable[[str], str]:
+    """Check a value that may come from an ini file, where argparse does not look."""
+
+    def parse(text: str) -> str:
+        if text not in OPTION[name].choices:
+            raise ValueError(f"one of {', '.join(OPTION[name].choices)} was expected, found {text!r}")
+        return text
+
+    return parse
+
+
+def _positive(*, whole: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        kind = "a whole number" if whole else "a number"
+        try:
+            value = float(int(text)) if whole else float(text)
+        except ValueError:
+            value = 0.0
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{kind} above 0 was expected, found {text!r}")
+        return value
+
+    return parse
+
+
+def _baseline_dir(config: pytest.Config) -> str:
+    text = raw_value(config, "baseline-dir")
+    return text if "://" in text else str(config.rootpath / text)
+
+
+def check_model(text: str) -> str:
+    """Check a model that is named by its path; hub ids are left to vLLM.
+
+    :raises ValueError: the folder, or its config.json, is missing.
+    """
+    path = os.path.expanduser(text)
+    if not (os.path.exists(path) or text.startswith(("/", ".", "~")) or text.count("/") > 1):
+        return text
+    if not os.path.isdir(path):
+        raise ValueError(
+            f"a model folder was required, found {'a file' if os.path.exists(path) else 'nothing'}\n"
+            f"  at {os.path.abspath(path)}\n  name a folder with a config.json, or a hub id such as Qwen/Qwen3-8B"
+        )
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(
+            f"a model folder with a config.json was required, found none\n  in {os.path.abspath(path)}\n"
+            "  name the folder that holds config.json and the weights"
+        )
+    return str(Path(path))
+
+
+def parse_vllm_arguments(text: str) -> tuple[str, ...]:
+    """Split arguments as a shell would.
+
+    :raises ValueError: an argument that this plugin sets itself, or quotes that do not close.
+    """
+    arguments = tuple(shlex.split(text))
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if reserved := _reserved(name):
+            raise ValueError(f"{name} is set by pytest-gpulayout; use {RESERVED_ARGUMENTS[reserved]}")
+    return arguments
+
+
+def _reserved(name: str) -> str | None:
+    """The reserved argument that vLLM's parser takes this for; it accepts abbreviations of long ones."""
+    if name in RESERVED_ARGUMENTS:
+        return name
+    is_long = name.startswith("--") and len(name) > 2
+    return next((known for known in RESERVED_ARGUMENTS if is_long and known.startswith(name)), None)
+
+
+def model_of_marker(marker: pytest.Mark) -> ModelSpec:
+    """Read ``gpu_model(id, **vllm_args)``.
+
+    :raises MarkerError: not one model, a folder that is missing, or an argument that this plugin sets itself.
+    """
+    try:
+        return ModelSpec(check_model(_only_argument(marker, "model")), marker_arguments(marker.kwargs))
+    except ValueError as error:
+        raise MarkerError(f"marker gpu_model: {error}") from error
+
+
+def workload_of_marker(marker: pytest.Mark) -> Workload:
+    """Read ``gpu_workload(name_or_dict)``.
+
+    :raises MarkerError: not one workload. :raises WorkloadError: it is unknown, or does not follow its schema.
+    """
+    try:
+        wanted = _only_argument(marker, "workload")
+    except ValueError as error:
+        raise MarkerError(f"marker gpu_workload: {error}") from error
+    return as_workload(wanted)
+
+
+def _only_argument(marker: pytest.Mark, noun: str) -> Any:
+    if len(marker.args) != 1:
+        raise ValueError(f"one {noun} is expected, found {len(marker.args) or 'none'}")
+    return marker.args[0]
+
+
+def marker_arguments(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Turn keyword arguments of the ``gpu_model`` marker into ``vllm serve`` arguments.
+
+    ``max_num_seqs=8`` -> ``--max-num-seqs 8``; ``True`` -> the flag, ``False`` -> ``--no-flag``; a list -> several
+    values; a mapping -> JSON.
+
+    :raises ValueError: an argument that this plugin sets itself.
+    """
+    words: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words.append("--no-" + flag[2:])
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return parse_vllm_arguments(shlex.join(words))
