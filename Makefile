@@ -46,14 +46,13 @@ $(TINY_MODEL)/config.json: examples/model_repo/make_model.py | install-cpu
 
 # -- tests -----------------------------------------------------------------------------------------------------------
 
-test: install-cpu libnuma compiler check
-	$(PYTEST) --require-vllm $(ARGS)
+test: install-cpu libnuma compiler check test-unit test-real
 
 test-unit: install
-	$(PYTEST) -m "not real_vllm and not gpu" $(ARGS)
+	$(PYTEST) -n 2 -m "not real_vllm and not gpu" $(ARGS)
 
 test-real: install-cpu libnuma
-	$(PYTEST) --require-vllm -m real_vllm $(ARGS)
+	$(PYTEST) -v --require-vllm -m real_vllm $(ARGS)
 
 check: install
 	$(BIN)/ruff check

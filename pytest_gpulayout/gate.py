@@ -246,7 +246,7 @@ def _explain(metrics: list[MetricVerdict], policy: GatePolicy) -> list[str]:
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
         f"a change of {percent_text(metric.tolerance)} cannot be ruled out with {metric.n_current} start(s) now and "
-        f"{metric.n_baseline} stored: allow more (--gpu-starts={policy.starts + 2}), record more sessions, "
+        f"{metric.n_baseline} stored: allow more (--gpu-starts={policy.starts + 2}) "
         f"or accept a larger tolerance (--gpu-tolerance={metric.name}=...)"
         for metric in metrics
         if metric.status is Status.INCONCLUSIVE

@@ -129,9 +129,7 @@ def test_fakes_import_no_adapter() -> None:
     assert "pytest" not in imports("testing", in_functions=True)
 
 
-@pytest.mark.parametrize(
-    "module", ["plugin", "options", "hookspecs", "collection", "servers", "session", ""]
-)
+@pytest.mark.parametrize("module", ["plugin", "options", "hookspecs", "collection", "servers", "session", ""])
 def test_plugin_layer_loads_adapters_when_they_are_used(module: str) -> None:
     assert not [name for name in imports(module) if name.startswith(".adapters")]
 

@@ -17,5 +17,6 @@ from tests.support.suite import Suite
 
 
 @pytest.fixture
-def suite(pytester: pytest.Pytester) -> Suite:
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the runs inside are nobody's workers
     return Suite(pytester)
