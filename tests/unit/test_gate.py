@@ -177,8 +177,8 @@ def test_what_cannot_be_decided_is_inconclusive_and_says_what_it_takes() -> None
     assert (verdict.status, gate.measured) == (Status.INCONCLUSIVE, 3)
     assert [reason.partition(":")[0] for reason in verdict.reasons] == [m.name for m in verdict.metrics]
     assert verdict.reasons[1].endswith(
-        "a change of 8% cannot be ruled out with 3 start(s) now and 6 stored: allow more (--gpu-starts=5), "
-        "record more sessions, or accept a larger tolerance (--gpu-tolerance=median_ttft_ms=...)"
+        "a change of 8% cannot be ruled out with 3 start(s) now and 6 stored: allow more (--gpu-starts=5) "
+        "or accept a larger tolerance (--gpu-tolerance=median_ttft_ms=...)"
     )
 
 
