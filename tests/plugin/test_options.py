@@ -144,8 +144,9 @@ def test_fixtures_say_what_they_give(suite: Suite) -> None:
     result = suite.run("--fixtures")
 
     for name in ("gpu_layout", "gpu_topology", "vllm_server", "transport_report", "measure", "perf_gate"):
-        result.stdout.re_match_lines([rf"{name}( \[session scope\])? -- .*plugin\.py:\d+"])
-    result.stdout.no_fnmatch_line("*no docstring available*")
+        result.stdout.re_match_lines(
+            [rf"{name}( \[session scope\])? -- .*plugin\.py:\d+", r"    (?!no docstring).+"], consecutive=True
+        )
 
 
 def test_strict_markers_and_config(suite: Suite) -> None:
