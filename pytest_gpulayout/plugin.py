@@ -171,7 +171,7 @@ def measure(
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
         wanted = gpu_workload if workload is None else as_workload(workload)
-        return gpu_session.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
+        return gpu_session.performance.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
 
     return measure
 

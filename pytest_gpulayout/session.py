@@ -1,43 +1,27 @@
-"""State of one pytest run with layouts: chosen adapters, the running server, records. One object, one owner each.
+"""One pytest run with layouts: its hooks, and what its fixtures ask for. Registered only when a layout was asked for.
 
-Registered as a plugin only when a layout was asked for. Imports of adapters happen when they are used.
+Leaves choosing adapters to :mod:`~pytest_gpulayout.wiring`, the running server to :mod:`~pytest_gpulayout.servers`,
+and measuring to :mod:`~pytest_gpulayout.performance`; keeps the records of what was found.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 import sys
-import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_gpulayout.collection import deselect_others, parametrize, server_group, sort_by_server
-from pytest_gpulayout.errors import (
-    BaselineError,
-    GpuLayoutError,
-    LinkError,
-    MeasurementError,
-    ServerError,
-    TopologyError,
-)
-from pytest_gpulayout.gate import (
-    NOISE_PRIORS,
-    GateInputs,
-    GatePolicy,
-    PlacedLayout,
-    judge_performance,
-    place_layout,
-    require_launchable,
-)
+from pytest_gpulayout.errors import BaselineError, GpuLayoutError, LinkError, ServerError, TopologyError
+from pytest_gpulayout.gate import PlacedLayout, place_layout, require_launchable
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.live import LiveLine
 from pytest_gpulayout.measurement import Measurement
-from pytest_gpulayout.ports import BaselineStore, LoadDriver, Server, ServerLauncher, ServerSpec, TopologySource
+from pytest_gpulayout.performance import Performance
+from pytest_gpulayout.ports import Server, ServerSpec
 from pytest_gpulayout.report import (
     Record,
     devices_text,
@@ -55,11 +39,11 @@ from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_mar
 from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
+from pytest_gpulayout.wiring import Wiring
 
 if TYPE_CHECKING:
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.topology import LinkRequirement
-    from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()
@@ -76,15 +60,14 @@ class GpuSession:
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
         self._config = config
-        self._hook = config.hook
+        self._wiring = Wiring(config, settings)
         self.live = LiveLine(config)
-        self.servers = ServerOwner(self._make_launcher, self.live)
+        self.servers = ServerOwner(self._wiring.launcher, self.live)
+        self.performance = Performance(settings, self._wiring, self.servers, self.live)
         self._records: list[tuple[str, Record]] = []
         self._placed: dict[tuple[Layout, LinkRequirement], PlacedLayout] = {}
         self._told: dict[str, str] = {}
         self._group: str | None = None
-        self._log_dir: Path | None = None
-        self._driver: LoadDriver | None = None
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -108,7 +91,7 @@ class GpuSession:
         if session.config.option.collectonly or hasattr(session.config, "workerinput"):
             return
         try:
-            self.topology_source(None).probe()
+            self._wiring.topology_source(None).probe()
         except GpuLayoutError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -238,7 +221,7 @@ class GpuSession:
         """Choose the devices of a layout; the same answer for the whole run."""
         key = (layout, requirement)
         if key not in self._placed:
-            topology = self.topology_source(layout).probe()
+            topology = self._wiring.topology_source(layout).probe()
             try:
                 self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
             except TopologyError as error:  # too few devices for what was asked for
@@ -308,46 +291,10 @@ class GpuSession:
                 logs.append(parse_nccl_log(file, str(path)))
         return judge_nccl(merge(logs), server.spec.layout)
 
-    def measure(self, server: Server, placed: PlacedLayout, model: ModelSpec, workload: Workload) -> Measurement:
-        """Measure a workload on the running server.
-
-        :raises GpuLayoutError: nothing could be measured; when the server died, its own cause is the message.
-        """
-        from pytest_gpulayout.adapters.host import identify, model_identity
-
-        identity = identify(
-            placed,
-            model=model_identity(model.name, model.arguments),
-            arguments=server.spec.arguments[: len(server.spec.arguments) - len(model.arguments)],
-            workload=workload,
-            proof=server.proof,
-        )
-        run = self._load(server, workload)
-        covariates = {**identity.covariates, "client scheduling": run.scheduling}
-        return Measurement(replace(identity, covariates=covariates), workload, (run,))
-
-    def _load(self, server: Server, workload: Workload) -> RunTrace:
-        self._driver = self._driver or self._make_driver()
-        try:
-            return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self.live.update)
-        except MeasurementError:
-            self.servers.check()  # a dead server explains more than the requests that it left behind
-            raise
-        finally:
-            self.live.clear()
-
     def judge(self, item: pytest.Item, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> Verdict:
         """Judge a measurement, record the verdict, and fail the test on what is no pass and no matter of policy."""
-        began = time.monotonic()
-        inputs = GateInputs(
-            store=self._store(),
-            policy=self._policy(tolerances),
-            measure_again=self._measure_again,
-            now_utc=_utc_now,
-            elapsed_s=lambda: time.monotonic() - began + measurement.runs[0].duration_s,
-        )
         try:
-            verdict, measurement = judge_performance(measurement, inputs)
+            verdict, measurement = self.performance.judge(measurement, tolerances)
         except BaselineError as error:
             reasons = (str(error).partition("\n")[0],)
             verdict = Verdict(Status.NO_BASELINE, reasons=reasons, baseline_path=error.path)
@@ -363,21 +310,6 @@ class GpuSession:
             )
         return verdict
 
-    def _measure_again(self, measurement: Measurement) -> Measurement:
-        number = len(measurement.runs) + 1
-        layout = measurement.identity.key.layout
-        self.live.say(f"{layout}: {measurement.workload.name}: fresh server start {number}")
-        return measurement.with_run(self._load(self.servers.restart(), measurement.workload))
-
-    def _policy(self, tolerances: Mapping[str, Tolerance]) -> GatePolicy:
-        return GatePolicy(
-            mode=self.settings.baseline_mode,
-            tolerances=tolerances,
-            prior=NOISE_PRIORS[self.settings.platform],
-            starts=self.settings.starts,
-            budget_s=self.settings.budget_s,
-        )
-
     def _where(self, measurement: Measurement) -> str:
         server = self.servers.current
         key = measurement.identity.key
@@ -391,60 +323,11 @@ class GpuSession:
         layouts = ",".join(map(str, self.settings.layouts))
         return f"pytest --gpu-layout={layouts} --gpu-baseline=update '{item.nodeid}'"
 
-    # -- adapters ------------------------------------------------------------------------------------------------
-
-    def topology_source(self, layout: Layout | None) -> TopologySource:
-        """Where devices come from. :param layout: whose ranks share the cores on the CPU platform."""
-        source = self._hook.pytest_gpulayout_topology_source(settings=self.settings, layout=layout)
-        if source is not None:
-            return source  # type: ignore[no-any-return]
-        if self.settings.topology_file is not None:
-            from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
-
-            return RecordedTopology(self.settings.topology_file)
-        if self.settings.platform == "cpu":
-            import os
-
-            from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, CpuTopology
-
-            return CpuTopology(layout.ranks if layout else 1, os.environ.get(BIND_VARIABLE))
-        from pytest_gpulayout.adapters.nvml import NvmlTopology
-
-        return NvmlTopology()
-
-    def _make_launcher(self) -> ServerLauncher:
-        log_dir = self._server_log_dir()
-        launcher = self._hook.pytest_gpulayout_server_launcher(settings=self.settings, log_dir=log_dir)
-        if launcher is not None:
-            return launcher  # type: ignore[no-any-return]
-        from pytest_gpulayout.adapters.vllm_process import VllmLauncher
-
-        return VllmLauncher(log_dir)
-
-    def _server_log_dir(self) -> Path:
-        if self._log_dir is None:
-            factory: pytest.TempPathFactory = self._config._tmp_path_factory  # type: ignore[attr-defined]
-            self._log_dir = factory.mktemp("gpulayout")
-        return self._log_dir
-
-    def _make_driver(self) -> LoadDriver:
-        driver = self._hook.pytest_gpulayout_load_driver(settings=self.settings)
-        if driver is not None:
-            return driver  # type: ignore[no-any-return]
-        from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
-
-        return OpenAiStreamDriver()
-
-    def _store(self) -> BaselineStore:
-        from pytest_gpulayout.adapters.baseline_files import open_baselines
-
-        return open_baselines(self.settings.baseline_dir)
-
     def _machine_text(self) -> str:
         from pytest_gpulayout.adapters.host import cpu_summary
 
         try:
-            topology = self.topology_source(None).probe()
+            topology = self._wiring.topology_source(None).probe()
         except GpuLayoutError as error:
             return str(error).partition("\n")[0]
         if topology.platform == "cpu":
@@ -458,11 +341,12 @@ class GpuSession:
     def _write_results(self, path: Path) -> None:
         from importlib.metadata import version
 
+        from pytest_gpulayout.adapters.host import utc_now
         from pytest_gpulayout.schemas import validate
 
         document = results_document(
             self._records,
-            created=_utc_now(),
+            created=utc_now(),
             platform=self.settings.platform,
             version=version("pytest-gpulayout"),
         )
@@ -470,9 +354,3 @@ class GpuSession:
         assert not problems, problems
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _utc_now() -> str:
-    from pytest_gpulayout.adapters.host import utc_now
-
-    return utc_now()

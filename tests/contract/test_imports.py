@@ -15,7 +15,19 @@ import pytest_gpulayout
 PACKAGE = "pytest_gpulayout"
 ROOT = Path(pytest_gpulayout.__file__).parent
 PLUGIN_LAYER = {
-    *("plugin", "session", "servers", "collection", "distribution", "options", "settings", "live", "hookspecs"),
+    *(
+        "plugin",
+        "session",
+        "servers",
+        "collection",
+        "distribution",
+        "options",
+        "settings",
+        "wiring",
+        "performance",
+        "live",
+        "hookspecs",
+    ),
     *("cli", "__main__", "gates", "gates.test_gate"),
 }
 OUTSIDE_WORLD = {

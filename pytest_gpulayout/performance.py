@@ -1,0 +1,95 @@
+"""Measuring on the running server, and judging with as many fresh starts of it as the verdict needs."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_gpulayout.errors import MeasurementError
+from pytest_gpulayout.gate import NOISE_PRIORS, GateInputs, GatePolicy, PlacedLayout, judge_performance
+from pytest_gpulayout.measurement import Measurement
+from pytest_gpulayout.ports import LoadDriver, Server
+from pytest_gpulayout.servers import ModelSpec, ServerOwner
+from pytest_gpulayout.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytest_gpulayout.live import LiveLine
+    from pytest_gpulayout.settings import Settings
+    from pytest_gpulayout.tolerance import Tolerance
+    from pytest_gpulayout.trace import RunTrace
+    from pytest_gpulayout.wiring import Wiring
+    from pytest_gpulayout.workload import Workload
+
+
+class Performance:
+    """The measuring side of a run: one load driver, the servers' owner, and the policy of the options."""
+
+    def __init__(self, settings: Settings, wiring: Wiring, servers: ServerOwner, live: LiveLine) -> None:
+        self._settings = settings
+        self._wiring = wiring
+        self._servers = servers
+        self._live = live
+        self._driver: LoadDriver | None = None
+
+    def measure(self, server: Server, placed: PlacedLayout, model: ModelSpec, workload: Workload) -> Measurement:
+        """Measure a workload on the running server.
+
+        :raises GpuLayoutError: nothing could be measured; when the server died, its own cause is the message.
+        """
+        from pytest_gpulayout.adapters.host import identify, model_identity
+
+        identity = identify(
+            placed,
+            model=model_identity(model.name, model.arguments),
+            arguments=server.spec.arguments[: len(server.spec.arguments) - len(model.arguments)],
+            workload=workload,
+            proof=server.proof,
+        )
+        run = self._load(server, workload)
+        covariates = {**identity.covariates, "client scheduling": run.scheduling}
+        return Measurement(replace(identity, covariates=covariates), workload, (run,))
+
+    def _load(self, server: Server, workload: Workload) -> RunTrace:
+        self._driver = self._driver or self._wiring.driver()
+        try:
+            return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self._live.update)
+        except MeasurementError:
+            self._servers.check()  # a dead server explains more than the requests that it left behind
+            raise
+        finally:
+            self._live.clear()
+
+    def judge(self, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> tuple[Verdict, Measurement]:
+        """Judge a measurement; returns it with all its starts.
+
+        :raises BaselineError: there is no baseline that can be used.
+        """
+        from pytest_gpulayout.adapters.host import utc_now
+
+        began = time.monotonic()
+        inputs = GateInputs(
+            store=self._wiring.store(),
+            policy=self._policy(tolerances),
+            measure_again=self._measure_again,
+            now_utc=utc_now,
+            elapsed_s=lambda: time.monotonic() - began + measurement.runs[0].duration_s,
+        )
+        return judge_performance(measurement, inputs)
+
+    def _measure_again(self, measurement: Measurement) -> Measurement:
+        number = len(measurement.runs) + 1
+        layout = measurement.identity.key.layout
+        self._live.say(f"{layout}: {measurement.workload.name}: fresh server start {number}")
+        return measurement.with_run(self._load(self._servers.restart(), measurement.workload))
+
+    def _policy(self, tolerances: Mapping[str, Tolerance]) -> GatePolicy:
+        return GatePolicy(
+            mode=self._settings.baseline_mode,
+            tolerances=tolerances,
+            prior=NOISE_PRIORS[self._settings.platform],
+            starts=self._settings.starts,
+            budget_s=self._settings.budget_s,
+        )
