@@ -21,7 +21,7 @@ from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
-from pytest_gpulayout.report import link_failure
+from pytest_gpulayout.report import link_failure, plural
 from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.stats import NoisePrior, median
 from pytest_gpulayout.tolerance import Tolerance, percent_text
@@ -245,7 +245,7 @@ def _explain(metrics: list[MetricVerdict], policy: GatePolicy) -> list[str]:
     """Say for each metric that is not decided what was seen and what it would take."""
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
-        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with {metric.n_current} start(s) now and "
+        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with {plural(metric.n_current, 'start')} now and "
         f"{metric.n_baseline} stored: allow more (--gpu-starts={policy.starts + 2}) "
         f"or accept a larger tolerance (--gpu-tolerance={metric.name}=...)"
         for metric in metrics
@@ -297,7 +297,8 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
     existed = key.path in inputs.store.paths()
     session = measurement.as_session(inputs.now_utc())
     inputs.store.write(key.path, baseline_to_text(Baseline(key, (session,))))
-    reasons = (f"recorded from {len(measurement.runs)} server start(s); nothing was judged",)
+    starts = plural(len(measurement.runs), "server start")
+    reasons = (f"recorded from {starts} in {place}", "nothing was judged: run again to check against it")
     verdict = Verdict(
         Status.NO_BASELINE,
         reasons=reasons,

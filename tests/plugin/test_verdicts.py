@@ -59,7 +59,7 @@ def test_inconclusive_is_its_own_count_and_never_passed(gate: Suite) -> None:
     result.stdout.fnmatch_lines(
         [
             "  smoke: inconclusive, 3 server starts*",
-            "*cannot be ruled out with 3 start(s) now and 3 stored: allow more (--gpu-starts=5)*",
+            "*cannot be ruled out with 3 starts now and 3 stored: allow more (--gpu-starts=5)*",
             "*1 inconclusive in *",
         ]
     )

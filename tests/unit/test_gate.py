@@ -113,7 +113,10 @@ def test_new_records_what_is_missing_on_all_starts() -> None:
     gate = Gate(later=[1.1, 1.2], mode="new")
     verdict = gate.judge(measurement_of(1.0))
     assert (verdict.status, verdict.stored, gate.measured) == (Status.NO_BASELINE, "recorded", 3)
-    assert verdict.reasons == ("recorded from 3 server start(s); nothing was judged",)
+    assert verdict.reasons == (
+        f"recorded from 3 server starts in {verdict.baseline_path}",
+        "nothing was judged: run again to check against it",
+    )
     stored = baseline_from_text(gate.store.texts[key().path], "x")
     assert stored == Baseline(key(), (session_of(1.0, 1.1, 1.2, recorded=NOW),))
     assert not verdict.status.passed
@@ -177,7 +180,7 @@ def test_what_cannot_be_decided_is_inconclusive_and_says_what_it_takes() -> None
     assert (verdict.status, gate.measured) == (Status.INCONCLUSIVE, 3)
     assert [reason.partition(":")[0] for reason in verdict.reasons] == [m.name for m in verdict.metrics]
     assert verdict.reasons[1].endswith(
-        "a change of 8% cannot be ruled out with 3 start(s) now and 6 stored: allow more (--gpu-starts=5) "
+        "a change of 8% cannot be ruled out with 3 starts now and 6 stored: allow more (--gpu-starts=5) "
         "or accept a larger tolerance (--gpu-tolerance=median_ttft_ms=...)"
     )
 

@@ -265,7 +265,7 @@ def test_summary() -> None:
 
 def test_summary_of_a_recording() -> None:
     measurement = measurement_of(1.0)
-    verdict = Verdict(Status.NO_BASELINE, ("recorded from 1 server start(s); nothing was judged",), stored="recorded")
+    verdict = Verdict(Status.NO_BASELINE, ("recorded from 1 server start in b.json",), stored="recorded")
     lines = summary_lines([("t", {**performance_record(verdict, measurement), "layout": "tp2"})])
     assert lines[1] == "  small: recorded, 1 server start  [t]"
-    assert lines[-1] == "    recorded from 1 server start(s); nothing was judged"
+    assert lines[-1] == "    recorded from 1 server start in b.json"
