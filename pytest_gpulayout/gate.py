@@ -245,8 +245,9 @@ def _explain(metrics: list[MetricVerdict], policy: GatePolicy) -> list[str]:
     """Say for each metric that is not decided what was seen and what it would take."""
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
-        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with {plural(metric.n_current, 'start')} now and "
-        f"{metric.n_baseline} stored: allow more (--gpu-starts={policy.starts + 2}) "
+        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with "
+        f"{plural(metric.n_current, 'start')} now and {metric.n_baseline} stored: "
+        f"allow more (--gpu-starts={policy.starts + 2}) "
         f"or accept a larger tolerance (--gpu-tolerance={metric.name}=...)"
         for metric in metrics
         if metric.status is Status.INCONCLUSIVE

@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytest
 
 GROUP = "gpu layout"
@@ -118,3 +120,12 @@ def raw_value(config: pytest.Config, name: str) -> str:
     if isinstance(value, list):  # --gpu-layout may be repeated
         value = ",".join(value)
     return str(config.getini(option.ini) if value is None else value).strip()
+
+
+def gpu_options(arguments: Sequence[str]) -> list[str]:
+    """Our options among the arguments of a command line, each as one word: ``--gpu-layout=tp2``."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--gpu-"):
+            found.append(argument if "=" in argument else f"{argument}={following}")
+    return found

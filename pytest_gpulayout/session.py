@@ -7,6 +7,8 @@ and measuring to :mod:`~pytest_gpulayout.performance`; keeps the records of what
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from pytest_gpulayout.gate import PlacedLayout, place_layout, require_launchable
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.live import LiveLine
 from pytest_gpulayout.measurement import Measurement
+from pytest_gpulayout.options import gpu_options
 from pytest_gpulayout.performance import Performance
 from pytest_gpulayout.ports import Server, ServerSpec
 from pytest_gpulayout.report import (
@@ -191,7 +194,7 @@ class GpuSession:
         """Print the table of all layouts."""
         if not self._records:
             return
-        terminalreporter.section("gpu layout")
+        terminalreporter.write_sep("=", "gpu layout")
         for line in summary_lines(self._records):
             terminalreporter.write_line(line)
         if self.settings.results_file is not None:
@@ -320,8 +323,18 @@ class GpuSession:
         return f"layout {key.layout}{devices}, model {key.model['name']}, workload {key.workload['name']}"
 
     def _update_command(self, item: pytest.Item) -> str:
-        layouts = ",".join(map(str, self.settings.layouts))
-        return f"pytest --gpu-layout={layouts} --gpu-baseline=update '{item.nodeid}'"
+        """The command that accepts this test's numbers and no others: the options of this run, and this test."""
+        invocation = self._config.invocation_params
+        options = gpu_options(invocation.args)
+        words = [option for option in options if not option.startswith(("--gpu-baseline=", "--gpu-results="))]
+        if self._config.option.inifilename:
+            words += ["-c", str(self._config.option.inifilename)]
+        name = item.nodeid.partition("::")[2]
+        if item.path.is_relative_to(self._config.rootpath):
+            test = [f"{os.path.relpath(item.path, invocation.dir)}::{name}"]
+        else:  # a test of an installed package has no path that pytest would take
+            test = ["--pyargs", f"{item.getparent(pytest.Module).obj.__name__}::{name}"]  # type: ignore[union-attr]
+        return shlex.join(["pytest", *words, "--gpu-baseline=update", *test])
 
     def _machine_text(self) -> str:
         from pytest_gpulayout.adapters.host import cpu_summary

@@ -31,7 +31,8 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
             "  provisional: fewer than 5 stored sessions, *",
             "  layout tp1 on 1 x NVIDIA H200 (GPU 0), model org/tiny, workload smoke",
             "  /*/gpu-baselines/org-tiny-*/tp1/*/smoke.json",
-            "  accept it: pytest --gpu-layout=tp1 --gpu-baseline=update 'test_it.py::test_speed[[]tp1[]]'",
+            "  accept it: pytest --gpu-model=org/tiny --gpu-layout=tp1 "
+            "--gpu-baseline=update 'test_it.py::test_speed[[]tp1[]]'",
         ]
     )
     result.stdout.fnmatch_lines(["    request_throughput *  -23.1%  regression"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulayout.options import OPTIONS
+from pytest_gpulayout.options import OPTIONS, gpu_options
 from pytest_gpulayout.settings import RESERVED_ARGUMENTS, check_model, marker_arguments, parse_vllm_arguments
 
 
@@ -122,3 +122,8 @@ def test_options_and_ini_keys_go_together() -> None:
         assert option.ini == option.dest == f"gpulayout_{option.name.replace('-', '_')}"
         assert option.help[0].islower()
         assert not option.choices or option.ini_default in option.choices
+
+
+def test_our_options_of_a_command_line_as_one_word_each() -> None:
+    arguments = ["-x", "--gpu-layout", "tp2", "tests", "--gpu-vllm-args=--seed 7", "-k", "--gpu"]
+    assert gpu_options(arguments) == ["--gpu-layout=tp2", "--gpu-vllm-args=--seed 7"]
