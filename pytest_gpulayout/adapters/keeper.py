@@ -150,20 +150,24 @@ class Keeper:
     def _end_all(self, server_pid: int) -> list[int]:
         """SIGTERM first, so that vLLM frees what it holds; SIGKILL for what is left. Returns what was killed.
 
-        The server ends its own processes. What it leaves behind when it has gone gets SIGTERM from us.
+        The server ends its own processes. What it leaves behind when it has gone gets SIGTERM from us. An engine that
+        is still loading goes on for a while and maps more shared memory, so that is looked at until the end.
         """
-        self._segments |= mapped_segments(descendants(os.getpid()))
         deadline = time.monotonic() + self._config["term_timeout_s"]
         asked: set[int] = set()
         while self._reap(server_pid) and time.monotonic() < deadline:
-            for pid in {server_pid} if self._exit_code is None else set(descendants(os.getpid())):
+            alive = descendants(os.getpid())
+            self._segments |= mapped_segments(alive)
+            for pid in [server_pid] if self._exit_code is None else alive:
                 if pid not in asked:
                     _signal(pid, signal.SIGTERM)
                     asked.add(pid)
             time.sleep(_POLL_S)
         killed: set[int] = set()
         while self._reap(server_pid):
-            for pid in descendants(os.getpid()):
+            alive = descendants(os.getpid())
+            self._segments |= mapped_segments(alive)
+            for pid in alive:
                 _signal(pid, signal.SIGKILL)
                 killed.add(pid)
             time.sleep(_POLL_S)

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
 BUILT_IN = ("--pyargs", "pytest_gpulayout.gates", "--gpu-layout=tp1", "--gpu-baseline=off")
 MARKER = "GPULAYOUT_TEST_RUN"
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def left_running(marker: str) -> list[psutil.Process]:
@@ -74,6 +75,7 @@ def test_layout_that_does_not_divide_the_heads(make_gate: Callable[..., Gate]) -
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
 def test_end_of_pytest_while_the_server_loads(make_gate: Callable[..., Gate], number: signal.Signals) -> None:
     marker = f"load-{number.name}"
+    segments = set(SHARED_MEMORY.iterdir())
     process = make_gate().start(*BUILT_IN, "-s", **{MARKER: marker})
     output = read_until(process, "vLLM is loading, 1")  # 10 s or more: engine processes are there
     assert len(left_running(marker)) > 2
@@ -84,6 +86,7 @@ def test_end_of_pytest_while_the_server_loads(make_gate: Callable[..., Gate], nu
         assert "interrupted while the server of layout tp1 was loading; it was stopped" in output
     left = wait_until_none_is_left(marker)
     assert not left, [" ".join(process.cmdline()) for process in left]
+    assert set(SHARED_MEMORY.iterdir()) <= segments
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
