@@ -70,6 +70,12 @@ class BaselineRun:
     metrics: Mapping[str, tuple[float, ...]]
 
 
+def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
+    """Turn (n_batches,) of metrics into each metric's (n_batches,) values; one that a batch lacks is left out."""
+    names = [name for name in batches[0] if all(name in batch for batch in batches)]
+    return {name: tuple(batch[name] for batch in batches) for name in names}
+
+
 @dataclass(frozen=True, slots=True)
 class BaselineSession:
     """The starts of one measuring session, and what the machine and the software were then."""

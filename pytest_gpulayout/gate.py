@@ -161,8 +161,8 @@ def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Ver
     """
     key = measurement.identity.key
     mode = inputs.policy.mode
-    if problems := measurement.problems():
-        return Verdict(Status.INVALID, reasons=problems, baseline_path=_place(inputs.store, key)), measurement
+    if invalid := _invalid(measurement, inputs.store):
+        return invalid, measurement
     if mode == "off":
         reasons = ("not judged: --gpu-baseline=off",)
         return Verdict(Status.NO_BASELINE, reasons=reasons, advisory=_advisory(measurement, None)), measurement
@@ -196,10 +196,6 @@ def load_baseline(store: BaselineStore, key: BaselineKey) -> Baseline | None:
 def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     policy = inputs.policy
     while True:
-        if problems := measurement.problems():
-            return Verdict(
-                Status.INVALID, reasons=problems, baseline_path=_place(inputs.store, baseline.key)
-            ), measurement
         number = len(measurement.runs)
         last = number >= policy.starts or _over_budget(measurement, inputs)
         look = Look(policy.starts if last else number, policy.starts)
@@ -207,6 +203,15 @@ def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateIn
         if last or verdict.status is not Status.INCONCLUSIVE:
             return verdict, measurement
         measurement = inputs.measure_again(measurement)
+        if invalid := _invalid(measurement, inputs.store):
+            return invalid, measurement
+
+
+def _invalid(measurement: Measurement, store: BaselineStore) -> Verdict | None:
+    """The verdict on numbers that are not sound, ``None`` for those that are."""
+    problems = measurement.problems()
+    place = _place(store, measurement.identity.key)
+    return Verdict(Status.INVALID, reasons=problems, baseline_path=place) if problems else None
 
 
 def _over_budget(measurement: Measurement, inputs: GateInputs) -> bool:
@@ -227,9 +232,9 @@ def judge_once(measurement: Judgeable, baseline: Baseline, policy: GatePolicy, l
         metrics.append(
             judge_metric(tolerance, current, stored, prior=policy.prior, look=look, metrics=len(policy.tolerances))
         )
-    status = Status.INCONCLUSIVE if missing else overall_status(metrics)
-    if any(metric.status is Status.REGRESSION for metric in metrics):
-        status = Status.REGRESSION
+    status = overall_status(metrics)
+    if missing and status is not Status.REGRESSION:
+        status = Status.INCONCLUSIVE
     return Verdict(
         status,
         reasons=(*missing, *_explain(metrics, policy)),
@@ -293,8 +298,8 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
     place = _place(inputs.store, key)
     while len(measurement.runs) < inputs.policy.starts and not _over_budget(measurement, inputs):
         measurement = inputs.measure_again(measurement)
-        if problems := measurement.problems():
-            return Verdict(Status.INVALID, reasons=problems, baseline_path=place), measurement
+        if invalid := _invalid(measurement, inputs.store):
+            return invalid, measurement
     existed = key.path in inputs.store.paths()
     session = measurement.as_session(inputs.now_utc())
     inputs.store.write(key.path, baseline_to_text(Baseline(key, (session,))))

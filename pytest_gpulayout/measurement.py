@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, is_measurement
+from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches, is_measurement
 from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.trace import RunTrace
 from pytest_gpulayout.verdict import MetricSample
@@ -71,10 +71,9 @@ class Measurement:
         """Return what a baseline stores of this. :param recorded: UTC, ISO 8601."""
         runs = []
         for run in self.runs:
-            batches = batch_metrics(run)
-            names = [name for name in batches[0] if all(name in batch for batch in batches)]
-            metrics = {name: tuple(_rounded(batch[name]) for batch in batches) for name in names}
-            runs.append(BaselineRun(len(run.requests), metrics))
+            metrics = fold_batches(batch_metrics(run))
+            rounded = {name: tuple(map(_rounded, values)) for name, values in metrics.items()}
+            runs.append(BaselineRun(len(run.requests), rounded))
         identity = self.identity
         return BaselineSession(recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs))
 

@@ -34,9 +34,12 @@ class Performance:
         self._live = live
         self._driver: LoadDriver | None = None
 
-    def measure(self, server: Server, placed: PlacedLayout, model: ModelSpec, workload: Workload) -> Measurement:
+    def measure(
+        self, server: Server, placed: PlacedLayout, model: ModelSpec, arguments: tuple[str, ...], workload: Workload
+    ) -> Measurement:
         """Measure a workload on the running server.
 
+        :param arguments: of the server, without those of the model's marker: they are software under test.
         :raises GpuLayoutError: nothing could be measured; when the server died, its own cause is the message.
         """
         from pytest_gpulayout.adapters.host import identify, model_identity
@@ -44,7 +47,7 @@ class Performance:
         identity = identify(
             placed,
             model=model_identity(model.name, model.arguments),
-            arguments=server.spec.arguments[: len(server.spec.arguments) - len(model.arguments)],
+            arguments=arguments,
             workload=workload,
             proof=server.proof,
         )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["GpuSession"]()
 
+_NO_LAYOUT = "needs a GPU layout: run with --gpu-layout=tp1"
 _MARKERS = (
     'gpu_layout(*specs, link=None): run for these layouts only, such as "tp2"; link is the worst link class allowed',
     'gpu_model(id, **vllm_args): serve this model, e.g. gpu_model("org/name", max_model_len=4096)',
@@ -68,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests that need a layout when none was asked for."""
     if SESSION not in config.stash:
-        reason = "needs a GPU layout: run with --gpu-layout=tp1 (without GPUs add --gpu-platform=cpu)"
+        reason = f"{_NO_LAYOUT} (without GPUs add --gpu-platform=cpu)"
         for item in items:
             if "gpu_layout" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu_layout") is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -79,7 +80,7 @@ def gpu_session(request: pytest.FixtureRequest) -> GpuSession:
     """The run's state; skips without ``--gpu-layout``. For plugins; tests use the fixtures below."""
     session = request.config.stash.get(SESSION, None)
     if session is None:
-        pytest.skip("needs a GPU layout: run with --gpu-layout=tp1")
+        pytest.skip(_NO_LAYOUT)
     return session
 
 
@@ -87,7 +88,7 @@ def gpu_session(request: pytest.FixtureRequest) -> GpuSession:
 def gpu_layout(request: pytest.FixtureRequest) -> Layout:
     """The layout under test; a test that uses it runs once for each layout of ``--gpu-layout``."""
     if SESSION not in request.config.stash:
-        pytest.skip("needs a GPU layout: run with --gpu-layout=tp1")
+        pytest.skip(_NO_LAYOUT)
     if not hasattr(request, "param"):
         pytest.fail("gpu_layout was asked for at run time: name it, or vllm_server, among the test's arguments")
     layout: Layout = request.param
@@ -163,6 +164,7 @@ def measure(
     gpu_session: GpuSession,
     gpu_topology: PlacedLayout,
     gpu_model: ModelSpec,
+    gpu_vllm_args: tuple[str, ...],
     gpu_workload: Workload,
     vllm_server: ServerView,
 ) -> Callable[..., Measurement]:
@@ -171,7 +173,7 @@ def measure(
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
         wanted = gpu_workload if workload is None else as_workload(workload)
-        return gpu_session.performance.measure(vllm_server.server, gpu_topology, gpu_model, wanted)
+        return gpu_session.performance.measure(vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted)
 
     return measure
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, is_measurement
+from pytest_gpulayout.baseline import BaselineKey, BaselineRun, fold_batches, is_measurement
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.measurement import Identity
 from pytest_gpulayout.schemas import read_document
@@ -75,6 +75,4 @@ def _problems(runs: list[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _run(run: Mapping[str, Any]) -> BaselineRun:
-    batches = [batch["metrics"] for batch in run["gpulayout"]["batches"]]
-    names = [name for name in batches[0] if all(name in batch for batch in batches)]
-    return BaselineRun(run["num_prompts"], {name: tuple(batch[name] for batch in batches) for name in names})
+    return BaselineRun(run["num_prompts"], fold_batches([batch["metrics"] for batch in run["gpulayout"]["batches"]]))

@@ -46,7 +46,7 @@ from pytest_gpulayout.wiring import Wiring
 
 if TYPE_CHECKING:
     from pytest_gpulayout.tolerance import Tolerance
-    from pytest_gpulayout.topology import LinkRequirement
+    from pytest_gpulayout.topology import LinkRequirement, Topology
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()
@@ -69,6 +69,7 @@ class GpuSession:
         self.performance = Performance(settings, self._wiring, self.servers, self.live)
         self._records: list[tuple[str, Record]] = []
         self._placed: dict[tuple[Layout, LinkRequirement], PlacedLayout] = {}
+        self._machine: Topology | None = None
         self._told: dict[str, str] = {}
         self._group: str | None = None
 
@@ -94,7 +95,7 @@ class GpuSession:
         if session.config.option.collectonly or hasattr(session.config, "workerinput"):
             return
         try:
-            self._wiring.topology_source(None).probe()
+            self._probe_machine()
         except GpuLayoutError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -336,11 +337,16 @@ class GpuSession:
             test = ["--pyargs", f"{item.getparent(pytest.Module).obj.__name__}::{name}"]  # type: ignore[union-attr]
         return shlex.join(["pytest", *words, "--gpu-baseline=update", *test])
 
+    def _probe_machine(self) -> Topology:
+        """What there is, for the header and for the check that there is anything; asked once."""
+        self._machine = self._machine or self._wiring.topology_source(None).probe()
+        return self._machine
+
     def _machine_text(self) -> str:
         from pytest_gpulayout.adapters.host import cpu_summary
 
         try:
-            topology = self._wiring.topology_source(None).probe()
+            topology = self._probe_machine()
         except GpuLayoutError as error:
             return str(error).partition("\n")[0]
         if topology.platform == "cpu":

@@ -64,7 +64,7 @@ RESERVED_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All options, read and checked. :param vllm_args: split as a shell would. :param rootdir: pytest's."""
+    """All options, read and checked. :param vllm_args: split as a shell would."""
 
     layouts: tuple[Layout, ...]
     model: str | None

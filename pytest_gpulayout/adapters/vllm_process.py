@@ -30,6 +30,7 @@ import requests
 from pytest_gpulayout.adapters import keeper as keeper_script
 from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
+from pytest_gpulayout.adapters.http_session import open_session
 from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.fingerprint import parse_fingerprint
 from pytest_gpulayout.layout import Layout
@@ -90,9 +91,7 @@ class VllmServer:
         self.command = _command(spec, self.endpoint)
         self._keeper: subprocess.Popen[str] | None = None
         self._messages: dict[str, object] = {}
-        self._http = requests.Session()
-        self._http.trust_env = False  # a proxy of the environment must not come between us and loopback
-        self._http.headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
+        self._http = open_session(lambda: self.endpoint)
         self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ class VllmServer:
 
     def _healthy(self) -> bool:
         try:
-            return self._http.get(f"{self.endpoint.url}/health", timeout=2).status_code == 200
+            return self._http.get("/health", timeout=2).status_code == 200
         except requests.RequestException:
             return False
 
@@ -192,7 +191,7 @@ class VllmServer:
         body = {"model": self.spec.model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
         timeout = min(_REQUEST_TIMEOUT_S, self.spec.start_timeout_s)
         try:
-            response = self._http.post(f"{self.endpoint.url}/v1/completions", json=body, timeout=timeout)
+            response = self._http.post("/v1/completions", json=body, timeout=timeout)
         except requests.RequestException as error:
             raise self._died_at_first_request(f"no answer ({type(error).__name__})") from error
         if response.status_code != 200:
