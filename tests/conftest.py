@@ -9,6 +9,13 @@ import pytest
 pytest_plugins = ["pytester"]
 
 
+@pytest.fixture(autouse=True)
+def _plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One form of an inner run's output everywhere: in a CI pytest prints its summary in full, or in colour."""
+    for name in ("CI", "BUILD_NUMBER", "FORCE_COLOR", "NO_COLOR", "PY_COLORS", "PYTEST_ADDOPTS", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-gpu", action="store_true", help="run the tests marked gpu, which need an NVIDIA GPU")
     parser.addoption("--require-vllm", action="store_true", help="fail, not skip, where vLLM is not installed")
