@@ -20,8 +20,9 @@ from pytest_gpulayout.errors import GpuLayoutError
 if TYPE_CHECKING:
     from pytest_gpulayout.baseline import Baseline
     from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.ports import BaselineStore, Endpoint
-    from pytest_gpulayout.topology import LinkRequirement, Topology
+    from pytest_gpulayout.topology import Topology
     from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.transport import TransportReport
     from pytest_gpulayout.verdict import Verdict
@@ -128,7 +129,7 @@ def _layout(text: str) -> Layout:
 
 
 def _requirement(text: str) -> LinkRequirement:
-    from pytest_gpulayout.topology import parse_requirement
+    from pytest_gpulayout.links import parse_requirement
 
     return parse_requirement(text)
 
@@ -169,7 +170,7 @@ def _declare_topo(commands: Any) -> None:
 
 
 def _topo(arguments: argparse.Namespace) -> Outcome:
-    from pytest_gpulayout.topology import topology_to_document
+    from pytest_gpulayout.topology_document import topology_to_document
 
     topology = _topology(arguments.source)
     placement, complaints = _placement(topology, arguments.layout)
@@ -191,7 +192,7 @@ def _topo(arguments: argparse.Namespace) -> Outcome:
 def _placement(topology: Topology, layout: Layout | None) -> tuple[tuple[int, ...] | None, list[str]]:
     """The best placement; a layout that does not fit is a check that failed, for the listing itself is fine."""
     from pytest_gpulayout.errors import TopologyError
-    from pytest_gpulayout.topology import choose_placement
+    from pytest_gpulayout.placement import choose_placement
 
     if layout is None:
         return None, []

@@ -18,22 +18,16 @@ from pytest_gpulayout.errors import (
     UnsupportedLayoutError,
 )
 from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.links import LinkClass, LinkRequirement
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
+from pytest_gpulayout.placement import choose_placement
 from pytest_gpulayout.ports import BaselineStore
 from pytest_gpulayout.report import link_failure, plural
 from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.stats import NoisePrior, median
 from pytest_gpulayout.tolerance import Tolerance, percent_text
-from pytest_gpulayout.topology import (
-    Device,
-    LinkClass,
-    LinkRequirement,
-    LinkViolation,
-    Topology,
-    check_links,
-    choose_placement,
-)
+from pytest_gpulayout.topology import Device, LinkViolation, Topology, check_links
 from pytest_gpulayout.verdict import (
     PROVISIONAL_BELOW_SESSIONS,
     AdvisoryChange,

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.servers import ModelSpec, ServerView
     from pytest_gpulayout.session import GpuSession
     from pytest_gpulayout.tolerance import Tolerance
-    from pytest_gpulayout.topology import LinkRequirement
     from pytest_gpulayout.transport import TransportReport
     from pytest_gpulayout.verdict import Verdict
     from pytest_gpulayout.workload import Workload

@@ -20,6 +20,7 @@ from pytest_gpulayout.collection import deselect_others, parametrize, server_gro
 from pytest_gpulayout.errors import BaselineError, GpuLayoutError, LinkError, ServerError, TopologyError
 from pytest_gpulayout.gate import PlacedLayout, place_layout, require_launchable
 from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.live import LiveLine
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.options import gpu_options
@@ -39,14 +40,14 @@ from pytest_gpulayout.report import (
 )
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_marker
-from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.wiring import Wiring
 
 if TYPE_CHECKING:
+    from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.tolerance import Tolerance
-    from pytest_gpulayout.topology import LinkRequirement, Topology
+    from pytest_gpulayout.topology import Topology
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()

@@ -18,19 +18,19 @@ import pytest
 
 from pytest_gpulayout.errors import GpuLayoutError, MarkerError
 from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.options import OPTION, raw_value
 from pytest_gpulayout.servers import ModelSpec
 from pytest_gpulayout.tolerance import parse_tolerances
-from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.transport import parse_allowed
 from pytest_gpulayout.workload import as_workload, find_workload
 
 if TYPE_CHECKING:
     from pytest_gpulayout.gate import BaselineMode
     from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.ports import Platform
     from pytest_gpulayout.tolerance import Tolerance
-    from pytest_gpulayout.topology import LinkRequirement
     from pytest_gpulayout.transport import AllowedTransports
     from pytest_gpulayout.workload import Workload
 

@@ -28,8 +28,9 @@ from pathlib import Path
 
 from pytest_gpulayout.errors import MeasurementError, ServerExited, TopologyError
 from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.links import parse_link_class
 from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
-from pytest_gpulayout.topology import Device, Topology, parse_link_class
+from pytest_gpulayout.topology import Device, Topology
 from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 

@@ -26,7 +26,8 @@ from itertools import combinations, takewhile
 from typing import Literal, NamedTuple
 
 from pytest_gpulayout.errors import TopologyFormatError
-from pytest_gpulayout.topology import Device, LinkClass, P2pStatus, Platform, Topology, parse_link_class
+from pytest_gpulayout.links import LinkClass, parse_link_class
+from pytest_gpulayout.topology import Device, P2pStatus, Platform, Topology
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|␛?\[[0-9;]+m")
 _COMMAND = re.compile(r"\btopo\s+(?P<option>--?[a-z][\w-]*)(?:[\s=]+(?P<letter>[rwnap])\b)?")

@@ -15,7 +15,8 @@ from itertools import combinations
 from pathlib import Path
 
 from pytest_gpulayout.errors import TopologyError
-from pytest_gpulayout.topology import Device, Topology, parse_link_class
+from pytest_gpulayout.links import parse_link_class
+from pytest_gpulayout.topology import Device, Topology
 
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from pytest_gpulayout.adapters.cpu_host import format_cpus
 from pytest_gpulayout.errors import TopologyError
-from pytest_gpulayout.topology import Device, LinkClass, P2pStatus, Topology
+from pytest_gpulayout.links import LinkClass
+from pytest_gpulayout.topology import Device, P2pStatus, Topology
 
 VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from pytest_gpulayout.errors import TopologyFormatError
-from pytest_gpulayout.topology import Topology, topology_from_document
+from pytest_gpulayout.topology import Topology
+from pytest_gpulayout.topology_document import topology_from_document
 from pytest_gpulayout.topology_text import parse_topology_text
 
 _LARGEST_BYTES = 16 * 1024 * 1024

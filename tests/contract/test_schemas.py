@@ -12,13 +12,14 @@ from jsonschema import Draft202012Validator
 from pytest_gpulayout.baseline import Baseline, BaselineKey, baseline_from_text, baseline_to_text
 from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.measurement import Identity, Measurement
 from pytest_gpulayout.nccl_log import parse_nccl_log
 from pytest_gpulayout.ports import Endpoint
 from pytest_gpulayout.report import performance_record, results_document, topology_record, transport_record
 from pytest_gpulayout.schemas import load_schema, validate
 from pytest_gpulayout.testing import FakeLoadDriver, FakeTopologySource
-from pytest_gpulayout.topology import parse_requirement, topology_from_document, topology_to_document
+from pytest_gpulayout.topology_document import topology_from_document, topology_to_document
 from pytest_gpulayout.transport import judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.workload import BUILTIN_WORKLOADS, workload_from_mapping

@@ -27,12 +27,12 @@ from pytest_gpulayout.gate import (
     what_changed,
 )
 from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.stats import NoisePrior
 from pytest_gpulayout.testing import FakeTopologySource, InMemoryBaselines
 from pytest_gpulayout.tolerance import Tolerance, parse_tolerances
-from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.trace import RunTrace
 from pytest_gpulayout.verdict import Look, Status, Verdict
 from tests.support.measurements import baseline_of, identity, key, measurement_of, plain_session, run_of, session_of

@@ -26,7 +26,7 @@ PROBE = """
 import json
 from pytest_gpulayout.adapters.nvml import NvmlTopology, gpu_processes
 from pytest_gpulayout.errors import TopologyError
-from pytest_gpulayout.topology import topology_to_document
+from pytest_gpulayout.topology_document import topology_to_document
 try:
     {statement}
 except TopologyError as error:
@@ -68,8 +68,10 @@ def classes(document: dict[str, Any]) -> dict[tuple[int, int], str | None]:
 
 def test_one_gpu(ask: Ask) -> None:
     document = ask(FakeMachine())
-    assert document["gpus"] == [
-        {
+    (gpu,) = document["gpus"]
+    assert (
+        gpu
+        | {
             "index": 0,
             "name": "NVIDIA H100 80GB HBM3",
             "uuid": uuid_of(0),
@@ -78,7 +80,8 @@ def test_one_gpu(ask: Ask) -> None:
             "numa_node": 0,
             "cpu_affinity": "0-13,28-41",
         }
-    ]
+        == gpu
+    )
     assert (document["links"], document["worst"], document["all_nvlink"]) == ([], None, False)
     assert document["source"] == "NVML"
     assert (document["driver_version"], document["cuda_version"]) == ("570.86.10", "12.8")

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_gpulayout.gate import NOISE_PRIORS, GatePolicy, PlacedLayout, judge_once, place_layout
 from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.nccl_log import parse_nccl_log
 from pytest_gpulayout.report import (
     devices_text,
@@ -28,7 +29,6 @@ from pytest_gpulayout.report import (
 from pytest_gpulayout.schemas import validate
 from pytest_gpulayout.testing import FakeTopologySource
 from pytest_gpulayout.tolerance import parse_tolerances
-from pytest_gpulayout.topology import parse_requirement
 from pytest_gpulayout.transport import AllowedTransports, forbidden, judge_nccl, parse_allowed
 from pytest_gpulayout.verdict import Look, MetricVerdict, Status, Verdict
 from tests.support.measurements import baseline_of, measurement_of

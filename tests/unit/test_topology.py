@@ -13,18 +13,11 @@ from hypothesis import strategies as st
 from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
 from pytest_gpulayout.errors import LayoutSyntaxError, TopologyError, TopologyFormatError
 from pytest_gpulayout.layout import parse_layout
+from pytest_gpulayout.links import parse_link_class, parse_requirement
+from pytest_gpulayout.placement import choose_placement
 from pytest_gpulayout.schemas import load_schema, validate
-from pytest_gpulayout.topology import (
-    Device,
-    P2pStatus,
-    Topology,
-    check_links,
-    choose_placement,
-    parse_link_class,
-    parse_requirement,
-    topology_from_document,
-    topology_to_document,
-)
+from pytest_gpulayout.topology import Device, P2pStatus, Topology, check_links
+from pytest_gpulayout.topology_document import topology_from_document, topology_to_document
 
 BEST_TO_WORST = ["NV18", "NV4", "NV1", "XGMI", "PIX", "PXB", "PHB", "NODE", "PCIE", "SYS"]
 REQUIREMENTS = ["nvlink", "nv4", "pix", "pxb", "phb", "node", "any"]

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpulayout.errors import TopologyFormatError
-from pytest_gpulayout.topology import Topology, parse_link_class
+from pytest_gpulayout.links import parse_link_class
+from pytest_gpulayout.topology import Topology
 from pytest_gpulayout.topology_text import parse_topology_text
 
 LEGEND = """
