@@ -10,13 +10,13 @@ Sources: NVML API reference, sections "NvLink Methods", "Device Queries" (``nvml
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from pytest_gpulayout.adapters.cpu_host import format_cpus
+from pytest_gpulayout.adapters.nvml_library import no_gpu, nvml_library, optional
 from pytest_gpulayout.errors import TopologyError
 from pytest_gpulayout.links import LinkClass
 from pytest_gpulayout.topology import Device, P2pStatus, Topology
@@ -49,10 +49,10 @@ class NvmlTopology:
 
         :raises TopologyError: there is no driver, no GPU, or none that ``CUDA_VISIBLE_DEVICES`` leaves.
         """
-        with _nvml() as nvml:
+        with nvml_library() as nvml:
             count = nvml.nvmlDeviceGetCount()
             if count == 0:
-                raise _no_gpu("the driver is loaded and lists no GPU")
+                raise no_gpu("the driver is loaded and lists no GPU")
             everything = Topology(tuple(_read_device(nvml, i) for i in range(count)), {}, "NVML", recorded=False)
             devices = _visible(everything, self._environ.get(VISIBLE_DEVICES_VARIABLE))
             ports = [_read_ports(nvml, device) for device in devices]
@@ -62,83 +62,18 @@ class NvmlTopology:
                 links={pair: link for pair, link in links.items() if link is not None},
                 source="NVML",
                 recorded=False,
-                driver_version=_optional(nvml.nvmlSystemGetDriverVersion),
+                driver_version=optional(nvml.nvmlSystemGetDriverVersion),
                 cuda_version=_cuda_version(nvml),
                 p2p=tuple(_read_p2p(nvml, ports)),
             )
 
 
-def gpu_processes() -> tuple[tuple[str, int, int | None], ...]:
-    """Return the compute processes on all GPUs as (UUID of the GPU, process id, GPU memory in bytes).
-
-    The memory is ``None`` where the driver does not tell. Process ids are those of the host; inside a container
-    without the host's process ids they can be foreign.
-
-    :raises TopologyError: there is no driver, or it does not list processes.
-    """
-    with _nvml() as nvml:
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = nvml.nvmlDeviceGetUUID(handle)
-            for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                found.append((uuid, process.pid, process.usedGpuMemory))
-        return tuple(found)
-
-
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """Give the ``pynvml`` module, initialised; what NVML raises inside becomes our error with NVML's words."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise _no_gpu(f"NVML says {str(error)!r}") from error
-    try:
-        yield pynvml
-    except pynvml.NVMLError as error:
-        raise TopologyError(
-            f"the list of NVIDIA GPUs was expected, found that NVML says {str(error)!r}\n"
-            "  in the NVIDIA driver of this machine\n"
-            "  look at 'nvidia-smi' and 'dmesg | grep -i NVRM'; a lost GPU needs a reset of the machine"
-        ) from error
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _no_gpu(reason: str) -> TopologyError:
-    return TopologyError(
-        f"an NVIDIA GPU was expected, no NVIDIA GPU was found: {reason}\n"
-        "  on this machine, through libnvidia-ml.so.1\n"
-        "  type --gpu-platform=cpu to run vLLM's CPU build, or --gpu-topology=FILE to check a recorded topology; "
-        "in a container, start it with --gpus=all"
-    )
-
-
-def _optional(call: Callable[..., Any], *arguments: object) -> Any:
-    """Return what NVML answers, ``None`` where this driver or this GPU has no answer."""
-    import pynvml
-
-    unanswered = (
-        pynvml.NVMLError_FunctionNotFound,
-        pynvml.NVMLError_NotSupported,
-        pynvml.NVMLError_InvalidArgument,
-        pynvml.NVMLError_NoPermission,
-        pynvml.NVMLError_Unknown,
-    )
-    try:
-        return call(*arguments)
-    except unanswered:
-        return None
-
-
 def _read_device(nvml: Any, index: int) -> Device:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _optional(nvml.nvmlDeviceGetMemoryInfo, handle)
+    memory = optional(nvml.nvmlDeviceGetMemoryInfo, handle)
     # Not nvmlDeviceGetNumaNodeId: on Grace that is the node of the GPU's own memory, which has no CPU.
-    nodes = _members(_optional(nvml.nvmlDeviceGetMemoryAffinity, handle, _SET_WORDS, 0))
-    cpus = _members(_optional(nvml.nvmlDeviceGetCpuAffinity, handle, _SET_WORDS))
+    nodes = _members(optional(nvml.nvmlDeviceGetMemoryAffinity, handle, _SET_WORDS, 0))
+    cpus = _members(optional(nvml.nvmlDeviceGetCpuAffinity, handle, _SET_WORDS))
     return Device(
         index=index,
         name=nvml.nvmlDeviceGetName(handle),
@@ -157,7 +92,7 @@ def _members(words: Sequence[int] | None) -> list[int]:
 
 def _cuda_version(nvml: Any) -> str | None:
     """``12040`` -> ``"12.4"``"""
-    number = _optional(nvml.nvmlSystemGetCudaDriverVersion_v2)
+    number = optional(nvml.nvmlSystemGetCudaDriverVersion_v2)
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -198,13 +133,13 @@ def _read_ports(nvml: Any, device: Device) -> _Ports:
     handle = nvml.nvmlDeviceGetHandleByIndex(device.index)
     remotes, switch_links, types_known = [], 0, True
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        if _optional(nvml.nvmlDeviceGetNvLinkState, handle, link) != 1:
+        if optional(nvml.nvmlDeviceGetNvLinkState, handle, link) != 1:
             continue
-        kind = _optional(nvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
+        kind = optional(nvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
         types_known = types_known and kind is not None
         if kind == _REMOTE_IS_SWITCH:
             switch_links += 1
-        elif remote := _optional(nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link):
+        elif remote := optional(nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link):
             remotes.append(_normal_bus_id(remote.busId))
     if not types_known:
         switch_links = max(switch_links, _switch_links_by_field(nvml, handle))
@@ -213,7 +148,7 @@ def _read_ports(nvml: Any, device: Device) -> _Ports:
 
 
 def _switch_links_by_field(nvml: Any, handle: Any) -> int:
-    values = _optional(nvml.nvmlDeviceGetFieldValues, handle, [_FIELD_SWITCH_LINKS])
+    values = optional(nvml.nvmlDeviceGetFieldValues, handle, [_FIELD_SWITCH_LINKS])
     return int(values[0].value.uiVal) if values is not None and values[0].nvmlReturn == 0 else 0
 
 
@@ -229,7 +164,7 @@ def _link(nvml: Any, a: _Ports, b: _Ports) -> LinkClass | None:
     nvlinks = direct or min(a.switch_links, b.switch_links)
     if nvlinks:
         return LinkClass("NV", nvlinks)
-    level = _optional(nvml.nvmlDeviceGetTopologyCommonAncestor, a.handle, b.handle)
+    level = optional(nvml.nvmlDeviceGetTopologyCommonAncestor, a.handle, b.handle)
     name = _ANCESTORS.get(level)
     return None if name is None else LinkClass(name)
 
@@ -237,6 +172,6 @@ def _link(nvml: Any, a: _Ports, b: _Ports) -> LinkClass | None:
 def _read_p2p(nvml: Any, ports: Sequence[_Ports]) -> Iterator[P2pStatus]:
     for a, b in combinations(ports, 2):
         for letter, capability in _CAPABILITIES.items():
-            status = _optional(nvml.nvmlDeviceGetP2PStatus, a.handle, b.handle, capability)
+            status = optional(nvml.nvmlDeviceGetP2PStatus, a.handle, b.handle, capability)
             if status is not None:
                 yield P2pStatus(a.index, b.index, letter, _STATUSES.get(status, "U"))

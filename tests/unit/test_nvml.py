@@ -24,7 +24,8 @@ from tests.native.build import (
 
 PROBE = """
 import json
-from pytest_gpulayout.adapters.nvml import NvmlTopology, gpu_processes
+from pytest_gpulayout.adapters.nvml import NvmlTopology
+from pytest_gpulayout.adapters.nvml_processes import gpu_processes
 from pytest_gpulayout.errors import TopologyError
 from pytest_gpulayout.topology_document import topology_to_document
 try:
