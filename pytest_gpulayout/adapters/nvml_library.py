@@ -31,6 +31,7 @@ def nvml_library() -> Iterator[Any]:
 
 
 def no_gpu(reason: str) -> TopologyError:
+    """Return the error that says that there is no GPU, and what to type instead."""
     return TopologyError(
         f"an NVIDIA GPU was expected, no NVIDIA GPU was found: {reason}\n"
         "  on this machine, through libnvidia-ml.so.1\n"
