@@ -81,6 +81,20 @@ class Layout:
                     pairs.add((a + offset, b + offset))
         return tuple(sorted(pairs))
 
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that one node must have; all without ``@N``."""
+        return self.gpus // self.nodes
+
+    def node_pairs(self, node_rank: int = 0) -> tuple[tuple[int, int], ...]:
+        """Those communicating pairs that lie on one node, in its own ranks 0 to ``gpus_per_node - 1``.
+
+        Nodes hold consecutive ranks (``vllm/config/parallel.py``, ``nnodes``).
+        """
+        first = node_rank * self.gpus_per_node
+        local = range(first, first + self.gpus_per_node)
+        return tuple((a - first, b - first) for a, b in self.communicating_pairs() if a in local and b in local)
+
     def _ranks_talk(self, a: int, b: int) -> bool:
         (dp_a, pp_a, pcp_a, tp_a), (dp_b, pp_b, pcp_b, tp_b) = self._coordinates(a), self._coordinates(b)
         if pp_a == pp_b:
