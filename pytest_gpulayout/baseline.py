@@ -78,13 +78,17 @@ def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[floa
 
 @dataclass(frozen=True, slots=True)
 class BaselineSession:
-    """The starts of one measuring session, and what the machine and the software were then."""
+    """The starts of one measuring session, and what the machine and the software were then.
+
+    :param topology: the wiring, as :func:`~pytest_gpulayout.drift.wiring_document` gives it.
+    """
 
     recorded: str
     epoch: Mapping[str, Any]
     sut: Mapping[str, Any]
     covariates: Mapping[str, Any]
     runs: tuple[BaselineRun, ...]
+    topology: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,9 @@ def _session(item: Mapping[str, Any]) -> BaselineSession:
         BaselineRun(run["requests"], {name: tuple(values) for name, values in run["metrics"].items()})
         for run in item["runs"]
     )
-    return BaselineSession(item["recorded"], item["epoch"], item["sut"], item["covariates"], runs)
+    return BaselineSession(
+        item["recorded"], item["epoch"], item["sut"], item["covariates"], runs, item.get("topology", {})
+    )
 
 
 def _corrupt(path: str, reason: str) -> BaselineCorrupt:

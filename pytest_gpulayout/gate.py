@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, baseline_from_text, baseline_to_text
+from pytest_gpulayout.drift import describe_drift
 from pytest_gpulayout.errors import (
     BaselineError,
     BaselineForeign,
@@ -21,7 +22,7 @@ from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import LinkClass, LinkRequirement
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
-from pytest_gpulayout.placement import choose_placement
+from pytest_gpulayout.placement import choose_placement, satisfying_placement
 from pytest_gpulayout.ports import BaselineStore
 from pytest_gpulayout.report import link_failure, plural
 from pytest_gpulayout.results import RecordedMeasurement
@@ -51,7 +52,7 @@ NOISE_PRIORS: Mapping[str, NoisePrior] = {
 
 @dataclass(frozen=True, slots=True)
 class PlacedLayout:
-    """A layout on the devices that were chosen for it.
+    """A layout on the devices that were chosen for it; of a layout over several nodes, the ranks of one node.
 
     :param placement: (n_ranks,), index of each rank's device in the topology.
     """
@@ -70,14 +71,17 @@ class PlacedLayout:
     @property
     def links(self) -> tuple[LinkClass | None, ...]:
         """Link of every rank pair that communicates, in the order of the pairs; ``None`` where it is unknown."""
-        return tuple(
-            self.topology.link(self.placement[a], self.placement[b]) for a, b in self.layout.communicating_pairs()
-        )
+        return tuple(self.topology.link(self.placement[a], self.placement[b]) for a, b in self.layout.node_pairs())
 
     @property
     def violations(self) -> tuple[LinkViolation, ...]:
         """Pairs whose link is worse than required."""
-        return check_links(self.topology, self.placement, self.layout.communicating_pairs(), self.requirement)
+        return check_links(self.topology, self.placement, self.layout.node_pairs(), self.requirement)
+
+    @property
+    def better_placement(self) -> tuple[int, ...] | None:
+        """Devices, in rank order, whose links are all as required; ``None`` where none are found."""
+        return satisfying_placement(self.topology, self.layout, self.requirement)
 
     def assert_links(self) -> None:
         """Do nothing when all links are as required.
@@ -96,7 +100,7 @@ def place_layout(
     :param requested: indices or UUIDs to use exactly, ``None`` for the best placement.
     :raises TopologyError: too few devices, or a requested one that does not exist.
     """
-    placement = choose_placement(topology, layout, requested)
+    placement = choose_placement(topology, layout, requested, requirement)
     return PlacedLayout(layout, topology, placement, requirement)
 
 
@@ -163,7 +167,7 @@ def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Ver
     baseline = None if mode == "update" else load_baseline(inputs.store, key)
     if baseline is None:
         if mode == "check":
-            raise _not_found(inputs.store, key)
+            raise _not_found(inputs.store, measurement.identity)
         return _record(measurement, inputs)
     return _judge_in_steps(measurement, baseline, inputs)
 
@@ -235,6 +239,7 @@ def judge_once(measurement: Judgeable, baseline: Baseline, policy: GatePolicy, l
         metrics=tuple(metrics),
         advisory=_advisory(measurement, baseline, gated=policy.tolerances),
         changed=what_changed(baseline.sessions[-1], measurement.identity),
+        drift=describe_drift(baseline.sessions[-1].topology, measurement.identity.topology),
         provisional=len(baseline.sessions) < PROVISIONAL_BELOW_SESSIONS,
         baseline_path=place,
     )
@@ -295,6 +300,7 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
         if invalid := _invalid(measurement, inputs.store):
             return invalid, measurement
     existed = key.path in inputs.store.paths()
+    drift = _drift_from_sibling(inputs.store, measurement.identity)
     session = measurement.as_session(inputs.now_utc())
     inputs.store.write(key.path, baseline_to_text(Baseline(key, (session,))))
     starts = plural(len(measurement.runs), "server start")
@@ -303,20 +309,41 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
         Status.NO_BASELINE,
         reasons=reasons,
         advisory=_advisory(measurement, None),
+        drift=drift,
         stored="updated" if existed else "recorded",
         baseline_path=place,
     )
     return verdict, measurement
 
 
-def _not_found(store: BaselineStore, key: BaselineKey) -> BaselineNotFound:
+def _not_found(store: BaselineStore, identity: Identity) -> BaselineNotFound:
+    key = identity.key
     lines = ["a stored baseline was required, and there is none", f"  expected in {_place(store, key)}"]
+    if drift := _drift_from_sibling(store, identity):
+        lines.insert(0, drift)
     if nearest := _nearest(store, key):
         path, differences = nearest
         lines.append(f"  nearest is {path}, which differs in")
         lines += [f"    {difference}" for difference in differences]
     lines.append("  record it: run the same command with --gpu-baseline=new")
     return BaselineNotFound("\n".join(lines), path=_place(store, key))
+
+
+def _drift_from_sibling(store: BaselineStore, identity: Identity) -> str:
+    """How the wiring differs from that of a baseline whose key is the same but for the links; ``""`` without one."""
+    key = identity.key
+    model, layout, _, workload = key.path.split("/")
+    for path in store.paths():
+        if path == key.path or not (path.startswith(f"{model}/{layout}/") and path.endswith(f"/{workload}")):
+            continue
+        try:
+            baseline = baseline_from_text(store.read(path) or "", path)
+        except BaselineError:
+            continue
+        hardware = {**baseline.key.hardware, "links": key.hardware["links"]}
+        if not key.differences(replace(baseline.key, hardware=hardware)):
+            return describe_drift(baseline.sessions[-1].topology, identity.topology)
+    return ""
 
 
 def _nearest(store: BaselineStore, key: BaselineKey) -> tuple[str, tuple[str, ...]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches, is_measurement
@@ -15,12 +15,16 @@ from pytest_gpulayout.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Where numbers come from; see :mod:`~pytest_gpulayout.baseline` for the four parts."""
+    """Where numbers come from; see :mod:`~pytest_gpulayout.baseline` for the four parts.
+
+    :param topology: the wiring, as :func:`~pytest_gpulayout.drift.wiring_document` gives it.
+    """
 
     key: BaselineKey
     epoch: Mapping[str, Any]
     sut: Mapping[str, Any]
     covariates: Mapping[str, Any]
+    topology: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Judgeable(Protocol):
@@ -75,7 +79,9 @@ class Measurement:
             rounded = {name: tuple(map(_rounded, values)) for name, values in metrics.items()}
             runs.append(BaselineRun(len(run.requests), rounded))
         identity = self.identity
-        return BaselineSession(recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs))
+        return BaselineSession(
+            recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology
+        )
 
 
 def _unfit_metrics(run: RunTrace) -> list[str]:

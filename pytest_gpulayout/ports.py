@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from pytest_gpulayout.layout import Layout
 
 if TYPE_CHECKING:
+    from pytest_gpulayout.occupancy import Occupancy, OccupancyReport
     from pytest_gpulayout.topology import Device, Topology
     from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.workload import Workload
@@ -45,6 +46,19 @@ class TopologySource(Protocol):
 
         :raises pytest_gpulayout.errors.TopologyError: the devices cannot be listed.
         """
+
+
+class GpuProcessSource(Protocol):
+    """Lists who computes on the GPUs of this machine."""
+
+    def snapshot(self) -> Occupancy:
+        """Return all GPUs, whatever this process may use of them, and the processes that compute on them now.
+
+        :raises pytest_gpulayout.errors.TopologyError: the driver does not answer.
+        """
+
+    def describe(self, pid: int) -> str:
+        """Return what runs under a process id, such as ``python train.py (user bob)``; ``""`` if it is not seen."""
 
 
 class LoadDriver(Protocol):
@@ -83,12 +97,14 @@ class ServerProof:
     :param fingerprint: ``system_fingerprint`` of a completion that it answered.
     :param rank_pids: process id of each rank, from the process table.
     :param start_s: seconds from start to the first completion.
+    :param binding: the CPUs and NUMA nodes that it was bound to, or why not, in words; ``""`` where none apply.
     """
 
     vllm_version: str
     fingerprint: str
     rank_pids: Mapping[int, int]
     start_s: float
+    binding: str = ""
 
 
 class Server(Protocol):
@@ -119,6 +135,12 @@ class Server(Protocol):
 
     def mapped_segments(self) -> Mapping[int, Collection[str]]:
         """Return the shared-memory segments (paths) each rank has mapped now, by rank."""
+
+    def gpu_processes(self) -> OccupancyReport | None:
+        """Return on which GPUs its processes compute now; ``None`` on the CPU platform.
+
+        :raises pytest_gpulayout.errors.TopologyError: the driver does not answer.
+        """
 
     def check_alive(self) -> None:
         """Do nothing while the server runs.

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpulayout.drift import wiring_document
 from pytest_gpulayout.metrics import METRICS, vllm_result
 from pytest_gpulayout.tolerance import percent_text
+from pytest_gpulayout.topology_faults import describe_faults
 from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
 
 if TYPE_CHECKING:
@@ -56,15 +58,25 @@ def worst_link_text(placed: PlacedLayout) -> str:
 def link_failure(placed: PlacedLayout) -> str:
     """Say which links are worse than required."""
     lines = [f"links of class {placed.requirement} or better are required between GPUs that communicate"]
+    noun = "device" if placed.topology.platform == "cpu" else "GPU"
     lines += [
-        f"  rank {v.rank_a} - rank {v.rank_b}: {v.found or 'unknown'} (device {v.device_a} - device {v.device_b})"
+        f"  rank {v.rank_a} - rank {v.rank_b}: {v.found_text} ({noun} {v.device_a} - {noun} {v.device_b})"
         for v in placed.violations
     ]
     lines.append(f"  layout {placed.layout} on {devices_text(placed)}, topology from {source_text(placed)}")
-    lines.append(
-        "  look at the wiring: nvidia-smi topo -m; choose other GPUs: --gpu-devices=...; accept it: --gpu-link=any"
-    )
+    lines += [f"  {fault}" for fault in describe_faults(placed.topology)]
+    lines.append(f"  {_where_links_satisfy(placed)}")
+    lines.append("  look at the wiring: gpulayout topo; accept it: --gpu-link=any")
     return "\n".join(lines)
+
+
+def _where_links_satisfy(placed: PlacedLayout) -> str:
+    """Say which devices would do, or that none do."""
+    if better := placed.better_placement:
+        devices = ",".join(map(str, better))
+        return f"these GPUs satisfy it: --gpu-devices={devices}"
+    usable = len(placed.topology.usable)
+    return f"no choice among the {usable} GPUs of this machine was found that satisfies it"
 
 
 def transport_failure(
@@ -97,6 +109,8 @@ def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str
     lines = [line for status in order for m in verdict.metrics if m.status is status for line in metric_lines(m)]
     if verdict.status in (Status.INVALID, Status.NO_BASELINE, Status.INCONCLUSIVE):
         lines = [f"{verdict.status}: {reason}" for reason in verdict.reasons] + lines
+    if verdict.drift:
+        lines.insert(0, verdict.drift)
     lines += [f"  changed since the baseline: {change}" for change in verdict.changed]
     if verdict.provisional:
         lines.append(
@@ -145,6 +159,7 @@ def server_record(server: Server) -> Record:
         "vllm_version": server.proof.vllm_version,
         "system_fingerprint": server.proof.fingerprint,
         "start_s": round(server.proof.start_s, 1),
+        "binding": server.proof.binding,
         "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
     }
 
@@ -160,9 +175,12 @@ def topology_record(placed: PlacedLayout) -> Record:
             {"rank": rank, "index": d.index, "name": d.name, "uuid": d.uuid, "cpu_affinity": d.cpu_affinity}
             for rank, d in enumerate(placed.devices)
         ],
+        "wiring": wiring_document(placed),
+        "faults": list(describe_faults(placed.topology)),
+        "notes": list(placed.topology.notes),
         "links": [
             {"a": a, "b": b, "class": None if link is None else str(link)}
-            for (a, b), link in zip(placed.layout.communicating_pairs(), placed.links, strict=True)
+            for (a, b), link in zip(placed.layout.node_pairs(), placed.links, strict=True)
         ],
         "worst": worst_link_text(placed),
         "required": str(placed.requirement),
@@ -193,6 +211,7 @@ def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
         "stored": verdict.stored,
         "reasons": list(verdict.reasons),
         "changed": list(verdict.changed),
+        "drift": verdict.drift,
         "provisional": verdict.provisional,
         "metrics": [metric_document(metric) for metric in verdict.metrics],
         "advisory": [_advisory_document(row) for row in verdict.advisory],
@@ -267,6 +286,8 @@ def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[st
     if server := last.get("server"):
         facts.append(f"vLLM {server['vllm_version']}, ready in {server['start_s']:.0f} s")
     lines = [f"{layout}: {', '.join(facts)}".rstrip()]
+    if topology:
+        lines += [f"  {sentence}" for sentence in (*topology["faults"], *topology["notes"])]
     for test, record in records:
         if record["kind"] == "performance":
             lines += _performance_table(test, record)
@@ -283,7 +304,7 @@ def _performance_table(test: str, record: Record) -> list[str]:
     rows = [("metric", "value", "baseline", "change", "verdict")]
     rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [title]
+    lines = [title, *([f"    {record['drift']}"] if record.get("drift") else [])]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
         lines.append("    " + "  ".join([*cells, row[4]]).rstrip())
@@ -301,4 +322,4 @@ def _row(metric: Mapping[str, Any], stored: str) -> tuple[str, str, str, str, st
 
 
 def _device_pairs(placed: PlacedLayout) -> tuple[tuple[int, int], ...]:
-    return tuple((placed.placement[a], placed.placement[b]) for a, b in placed.layout.communicating_pairs())
+    return tuple((placed.placement[a], placed.placement[b]) for a, b in placed.layout.node_pairs())

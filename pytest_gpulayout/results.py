@@ -54,7 +54,9 @@ def _measurement(record: Mapping[str, Any]) -> RecordedMeasurement:
         problems = tuple(record["reasons"]) or ("it was invalid, for a reason that is not recorded",)
     return RecordedMeasurement(
         test=record["test"],
-        identity=Identity(key, identity["epoch"], identity["sut"], identity["covariates"]),
+        identity=Identity(
+            key, identity["epoch"], identity["sut"], identity["covariates"], identity.get("topology", {})
+        ),
         runs=() if problems else tuple(map(_run, record["runs"])),
         problems=problems,
     )

@@ -52,6 +52,7 @@ class FakeTopologySource:
 
     :param link: class of every link that ``links`` does not name; ``None`` for unknown.
     :param links: class by pair of indices (a, b), a < b.
+    :param numa_nodes: of the first GPUs; the others are on node 0.
     :param error: raised by :meth:`probe` instead, as on a machine without a driver.
     """
 
@@ -60,6 +61,7 @@ class FakeTopologySource:
     links: Mapping[tuple[int, int], str | None] = field(default_factory=dict)
     name: str = "NVIDIA H200"
     memory_gib: int = 141
+    numa_nodes: Sequence[int] = ()
     platform: Platform = "cuda"
     driver_version: str | None = "580.65.06"
     cuda_version: str | None = "13.0"
@@ -94,7 +96,7 @@ class FakeTopologySource:
             name=self.name,
             uuid=f"GPU-00000000-0000-0000-0000-{index:012x}",
             pci_bus_id=f"00000000:{index + 1:02X}:00.0",
-            numa_node=0,
+            numa_node=self.numa_nodes[index] if index < len(self.numa_nodes) else 0,
             memory_bytes=self.memory_gib * _GIB,
         )
 

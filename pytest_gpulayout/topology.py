@@ -245,13 +245,18 @@ class LinkViolation:
     required: LinkRequirement
     nvlink_status: str | None = None
 
-    def __str__(self) -> str:
+    @property
+    def found_text(self) -> str:
+        """The link in words, with why it cannot be used where that is what fails."""
         found = "unknown" if self.found is None else str(self.found)
         if self.nvlink_status is not None:
             found += f", but the driver says {self.nvlink_status} for NVLink ({P2P_REASONS[self.nvlink_status]})"
+        return found
+
+    def __str__(self) -> str:
         return (
             f"ranks {self.rank_a} and {self.rank_b} (GPUs {self.device_a} and {self.device_b}): "
-            f"link {found}, {self.required} required"
+            f"link {self.found_text}, {self.required} required"
         )
 
 

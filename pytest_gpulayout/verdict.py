@@ -184,6 +184,7 @@ class Verdict:
     :param metrics: the gated ones. :param advisory: the others.
     :param changed: what differs from the stored sessions besides the numbers: driver, vLLM, binding.
     :param provisional: few stored sessions: the spread rests mostly on the documented prior.
+    :param drift: one line on how the wiring differs from the baseline's; empty where it does not.
     :param stored: what was written: ``"recorded"``, ``"updated"`` or nothing.
     :param baseline_path: where the baseline is, or would be.
     """
@@ -193,6 +194,7 @@ class Verdict:
     metrics: tuple[MetricVerdict, ...] = ()
     advisory: tuple[AdvisoryChange, ...] = ()
     changed: tuple[str, ...] = ()
+    drift: str = ""
     provisional: bool = False
     stored: str = ""
     baseline_path: str = ""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, cpu_model, numa_nodes
 from pytest_gpulayout.baseline import BaselineKey
+from pytest_gpulayout.drift import wiring_document
 from pytest_gpulayout.measurement import Identity
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def identify(
         "python": ".".join(map(str, sys.version_info[:2])),
         "arguments": " ".join(arguments),
     }
-    return Identity(key, epoch, sut, _covariates(placed))
+    covariates = _covariates(placed) | ({"binding": proof.binding} if proof.binding else {})
+    return Identity(key, epoch, sut, covariates, wiring_document(placed))
 
 
 def _hardware(placed: PlacedLayout) -> dict[str, Any]:

@@ -33,9 +33,13 @@ _POLL_S = 0.1
 
 
 class KeeperConfig(TypedDict):
-    """What the keeper is told, as one JSON argument; secrets travel in the environment."""
+    """What the keeper is told, as one JSON argument; secrets travel in the environment.
+
+    ``cpus`` are those that the server may use; with an empty list it inherits the keeper's.
+    """
 
     command: list[str]
+    cpus: list[int]
     log: str
     run_dir: str
     locks: list[str]
@@ -97,6 +101,8 @@ class Keeper:
     def run(self) -> None:
         """Start the server, wait for it or for pytest, and leave nothing behind."""
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if self._config["cpus"]:
+            os.sched_setaffinity(0, self._config["cpus"])  # the server inherits them from us
         with open(self._config["log"], "ab") as log:
             server = subprocess.Popen(
                 self._config["command"],

@@ -31,6 +31,7 @@ from pytest_gpulayout.adapters import keeper as keeper_script
 from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
 from pytest_gpulayout.adapters.http_session import open_session
+from pytest_gpulayout.adapters.numa_binding import Binding, bind_server
 from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.fingerprint import parse_fingerprint
 from pytest_gpulayout.layout import Layout
@@ -47,6 +48,16 @@ _LONGEST_SOCKET_FOLDER = 60  # vLLM makes Unix sockets named by a UUID in it, an
 _WORKER_TITLE = re.compile(r"VLLM::Worker(?P<coordinates>(?:_[A-Z]+\d+)*)")
 _LOG_PREFIX = re.compile(r"^\((?P<who>\w+)[^)]*\) [A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ")
 NCCL_SUBSYSTEMS = "INIT,ENV,GRAPH,P2P,SHM,NET,NVLS"
+_FIND_VLLM = """
+import importlib.util, pathlib, sys
+spec = importlib.util.find_spec("vllm")
+if spec is None:
+    sys.exit(1)
+for folder in spec.submodule_search_locations or ():
+    options = pathlib.Path(folder, "engine", "arg_utils.py")
+    if options.is_file() and '"--numa-bind"' in options.read_text(encoding="utf-8", errors="replace"):
+        print("--numa-bind")
+"""
 
 
 class VllmLauncher:
@@ -64,14 +75,14 @@ class VllmLauncher:
 
         :raises ServerStartFailed: it ended, or proved to be something else. :raises ServerStartTimeout: too slow.
         """
-        require_vllm(spec.python)
+        binding = bind_server(spec, has_flag=require_vllm(spec.python))
         self._started += 1
         log_dir = self._log_dir / f"server-{self._started}-{spec.layout}"
         log_dir.mkdir(parents=True)
         with ExitStack() as undo:
             locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
             undo.callback(locks.release)
-            server = VllmServer(spec, log_dir, locks)
+            server = VllmServer(spec, log_dir, locks, binding)
             undo.pop_all()  # the server frees them when it has ended
             undo.callback(server.stop)
             server.start(progress)
@@ -80,15 +91,20 @@ class VllmLauncher:
 
 
 class VllmServer:
-    """One vLLM server: its process tree, its address, its logs."""
+    """One vLLM server: its process tree, its address, its logs.
 
-    def __init__(self, spec: ServerSpec, log_dir: Path, locks: DeviceLocks) -> None:
+    :ivar binding: the CPUs and NUMA nodes that it is bound to, or why not, in words.
+    """
+
+    def __init__(self, spec: ServerSpec, log_dir: Path, locks: DeviceLocks, binding: Binding) -> None:
         self.spec = spec
+        self.binding = binding.words
+        self._cpus = sorted(binding.cpus or ())
         self.log = log_dir / "server.log"
         self._nccl_dir = log_dir / "nccl"
         self._locks = locks
         self.endpoint = Endpoint(f"http://127.0.0.1:{_free_port()}", spec.model, secrets.token_urlsafe(24))
-        self.command = _command(spec, self.endpoint)
+        self.command = _command(spec, self.endpoint, binding)
         self._keeper: subprocess.Popen[str] | None = None
         self._messages: dict[str, object] = {}
         self._http = open_session(lambda: self.endpoint)
@@ -107,12 +123,13 @@ class VllmServer:
         fingerprint = self._first_completion()
         version = self._prove_layout(fingerprint)
         rank_pids = self._prove_ranks()
-        self.proof = ServerProof(version, fingerprint, rank_pids, time.monotonic() - started)
+        self.proof = ServerProof(version, fingerprint, rank_pids, time.monotonic() - started, self.binding)
         self._tell_keeper("note")
 
     def _start_keeper(self) -> None:
         config: keeper_script.KeeperConfig = {
             "command": list(self.command),
+            "cpus": self._cpus,
             "log": str(self.log),
             "run_dir": str(self._run_dir),
             "locks": self._locks.paths,
@@ -309,26 +326,27 @@ class VllmServer:
         return kind(message, command=self.command, exit_code=code, log_tail=tail)
 
 
-def require_vllm(python: str) -> None:
+def require_vllm(python: str) -> bool:
     """Check that the interpreter has vLLM, without importing it.
 
+    :returns: whether its server has the option ``--numa-bind``.
     :raises ServerStartFailed: it has not, with the command that installs it; or it cannot be run.
     """
-    script = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        code = subprocess.run([python, "-c", script], check=False, timeout=60).returncode
+        done = subprocess.run([python, "-c", _FIND_VLLM], check=False, timeout=60, stdout=subprocess.PIPE)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerStartFailed(
             f"a Python that has vLLM is required to serve the model, and it cannot be run: {error}\n"
             f"  in {python}\n  check that it is there and starts: {python} --version"
         ) from error
-    if code != 0:
+    if done.returncode != 0:
         raise ServerStartFailed(
             "vLLM is required to serve the model, and is not installed\n"
             f"  in {python}\n"
             "  with NVIDIA GPUs: pip install 'pytest-gpulayout[vllm]'; "
             "without: pip install 'pytest-gpulayout[cpu]', and --gpu-platform=cpu"
         )
+    return b"--numa-bind" in done.stdout
 
 
 def server_environment(spec: ServerSpec, endpoint: Endpoint, run_dir: Path, nccl_dir: Path) -> dict[str, str]:
@@ -394,10 +412,11 @@ def _system_fingerprint(response: requests.Response) -> str:
     return str(document.get("system_fingerprint")) if isinstance(document, dict) else response.text[:80]
 
 
-def _command(spec: ServerSpec, endpoint: Endpoint) -> list[str]:
+def _command(spec: ServerSpec, endpoint: Endpoint, binding: Binding) -> list[str]:
     port = endpoint.url.rpartition(":")[2]
     command = [spec.python, "-m", "vllm.entrypoints.openai.api_server", "--model", spec.model]
-    return [*command, "--host", "127.0.0.1", "--port", port, *spec.layout.engine_arguments(), *spec.arguments]
+    command += ["--host", "127.0.0.1", "--port", port, *spec.layout.engine_arguments(), *binding.arguments]
+    return [*command, *spec.arguments]
 
 
 def _lock_names(spec: ServerSpec) -> list[str]:

@@ -48,6 +48,26 @@ def test_check_names_the_nearest_baseline_and_what_differs(gate: Suite) -> None:
     )
 
 
+def test_drift_of_the_wiring_is_told_before_any_number(gate: Suite) -> None:
+    gate.run("--gpu-layout=tp2", "--gpu-baseline=new")
+    gate.fakes(topology="gpus=2, numa_nodes=(0, 1)")
+    same_key = gate.run("--gpu-layout=tp2")
+    same_key.stdout.fnmatch_lines(
+        ["  smoke: *", "    wiring differs from the baseline's: rank 1 NUMA node 0 -> 1", "    metric *"],
+        consecutive=True,
+    )
+
+    gate.fakes(topology="link='NV10'")
+    other_links = gate.run("--gpu-layout=tp2")
+    other_links.assert_outcomes(failed=1)
+    other_links.stdout.fnmatch_lines(
+        ["wiring differs from the baseline's: ranks 0-1 NV18 -> NV10", "a stored baseline was required, *"],
+        consecutive=True,
+    )
+    other_links = gate.run("--gpu-layout=tp2", "--gpu-baseline=new")
+    other_links.stdout.fnmatch_lines(["    wiring differs from the baseline's: ranks 0-1 NV18 -> NV10"])
+
+
 def test_new_records_with_its_own_letter_and_count(gate: Suite) -> None:
     result = gate.run("--gpu-layout=tp2", "--gpu-baseline=new")
 

@@ -38,16 +38,26 @@ def test_link_too_bad_fails_and_starts_no_server(suite: Suite) -> None:
     result.stdout.fnmatch_lines(
         [
             "links of class pix or better are required between GPUs that communicate",
-            "  rank 0 - rank 1: PHB (device 0 - device 1)",
+            "  rank 0 - rank 1: PHB (GPU 0 - GPU 1)",
             "  layout tp2 on 2 x NVIDIA L40S (GPU 0, 1), topology from fake",
-            "  look at the wiring: nvidia-smi topo -m; choose other GPUs: --gpu-devices=...; "
-            "accept it: --gpu-link=any",
+            "  no choice among the 2 GPUs of this machine was found that satisfies it",
+            "  look at the wiring: gpulayout topo; accept it: --gpu-link=any",
         ],
         consecutive=True,
     )
     result.stdout.fnmatch_lines(["  (told in full by test_it.py::test_links*)"])
     result.stdout.fnmatch_lines(["tp2: worst link PHB FAILED"])
     assert suite.events == []
+
+
+def test_a_bad_choice_of_gpus_is_told_which_would_do(suite: Suite) -> None:
+    suite.fakes(topology=ONE_BRIDGE)
+    suite.write(test_it=LINKS_AND_SERVER)
+
+    result = suite.run("--gpu-layout=tp2", "--gpu-link=nv4", "--gpu-devices=0,1")
+
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["  these GPUs satisfy it: --gpu-devices=2,3"])
 
 
 def test_link_of_the_marker_beats_the_option(suite: Suite) -> None:
@@ -83,7 +93,7 @@ def test_unknown_link_is_no_good_link(suite: Suite) -> None:
     result = suite.run("--gpu-layout=tp2", "--gpu-link=node")
 
     result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["  rank 0 - rank 1: unknown (device 0 - device 1)"])
+    result.stdout.fnmatch_lines(["  rank 0 - rank 1: unknown (GPU 0 - GPU 1)"])
 
 
 def test_too_few_gpus_fails_and_is_told_in_full_once(suite: Suite) -> None:
@@ -121,7 +131,7 @@ def test_machine_without_gpus_is_refused_before_anything_starts(suite: Suite) ->
     ("devices", "message"),
     [
         ("0", "layout tp2 needs exactly 2 GPUs, 1 are given"),
-        ("0,0", "layout tp2 needs 2 different GPUs, GPU 0 is given twice"),
+        ("0,0", "2 different GPUs are needed for layout tp2, GPU 0 is given twice"),
         ("0,7", "GPU '7' was asked for, found 0 NVIDIA H200, 1 NVIDIA H200, *"),
     ],
 )

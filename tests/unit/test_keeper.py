@@ -44,7 +44,9 @@ MAPS = WAIT + (
 class Keeping:
     """A keeper at work, as the launcher sees it."""
 
-    def __init__(self, folder: Path, marker: str, script: str, *arguments: str, term_timeout_s: float) -> None:
+    def __init__(
+        self, folder: Path, marker: str, script: str, *arguments: str, term_timeout_s: float, cpus: list[int]
+    ) -> None:
         self.log = folder / "log"
         self.run_dir = folder / "run"
         self.lock = folder / "device.lock"
@@ -52,6 +54,7 @@ class Keeping:
         self.lock.touch()
         config: KeeperConfig = {
             "command": [sys.executable, "-I", "-S", "-c", script, *arguments],
+            "cpus": cpus,
             "log": str(self.log),
             "run_dir": str(self.run_dir),
             "locks": [str(self.lock)],
@@ -99,8 +102,8 @@ def keep(tmp_path: Path, marker: str) -> Iterator[Keep]:
     """Start a keeper over a script. Whatever happened, afterwards nothing is left of it."""
     started: list[Keeping] = []
 
-    def keep(script: str, *arguments: str, term_timeout_s: float = 5.0) -> Keeping:
-        started.append(Keeping(tmp_path, marker, script, *arguments, term_timeout_s=term_timeout_s))
+    def keep(script: str, *arguments: str, term_timeout_s: float = 5.0, cpus: list[int] | None = None) -> Keeping:
+        started.append(Keeping(tmp_path, marker, script, *arguments, term_timeout_s=term_timeout_s, cpus=cpus or []))
         return started[-1]
 
     yield keep
@@ -189,6 +192,20 @@ def test_lock_that_only_its_owner_may_remove_is_left(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "unlink", refuse)
     keeper_script._unlink_lock("/tmp/of-another-user.lock")
+
+
+# -- binding ---------------------------------------------------------------------------------------------------------
+
+SAYS_CPUS = WAIT + "cpus = [os.sched_getaffinity(0)]; say(f'{cpus} ready'); signal.pause()"
+
+
+def test_server_gets_the_cpus_that_it_is_bound_to(keep: Keep) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    assert keep(SAYS_CPUS, cpus=[cpu]).log.read_text() == f"[{{{cpu}}}] ready\n"
+
+
+def test_server_that_is_not_bound_gets_the_cpus_of_the_caller(keep: Keep) -> None:
+    assert keep(SAYS_CPUS).log.read_text() == f"[{os.sched_getaffinity(0)}] ready\n"
 
 
 # -- shared memory ---------------------------------------------------------------------------------------------------

@@ -77,10 +77,11 @@ def test_link_failure() -> None:
     place = recorded(placed("tp4", gpus=4, links={(0, 1): "SYS", (2, 3): None}))
     assert link_failure(place) == (
         "links of class nvlink or better are required between GPUs that communicate\n"
-        "  rank 0 - rank 1: SYS (device 0 - device 1)\n"
-        "  rank 2 - rank 3: unknown (device 2 - device 3)\n"
+        "  rank 0 - rank 1: SYS (GPU 0 - GPU 1)\n"
+        "  rank 2 - rank 3: unknown (GPU 2 - GPU 3)\n"
         "  layout tp4 on 4 x NVIDIA H200 (GPU 0, 1, 2, 3), topology from recorded in topo.txt\n"
-        "  look at the wiring: nvidia-smi topo -m; choose other GPUs: --gpu-devices=...; accept it: --gpu-link=any"
+        "  no choice among the 4 GPUs of this machine was found that satisfies it\n"
+        "  look at the wiring: gpulayout topo; accept it: --gpu-link=any"
     )
 
 

@@ -13,6 +13,8 @@ import pytest
 import requests
 
 from pytest_gpulayout.adapters import device_lock, vllm_process
+from pytest_gpulayout.adapters.device_lock import DeviceLocks
+from pytest_gpulayout.adapters.numa_binding import Binding
 from pytest_gpulayout.adapters.vllm_process import (
     VllmLauncher,
     VllmServer,
@@ -107,6 +109,41 @@ def test_command_names_the_layout_and_keeps_the_arguments(launch: Launch) -> Non
     assert server.command == [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"),
         *("--host", "127.0.0.1", "--port", port, "--tensor-parallel-size", "2", "--max-model-len", "2048"),
+    ]
+
+
+def test_server_on_a_gpu_is_bound_to_the_cpus_near_it(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_fake_vllm(monkeypatch)
+    spec = server_spec("tp1", platform="cuda")
+    cpu, *others = os.sched_getaffinity(0)
+    if not others:
+        pytest.skip("needs a machine with two CPUs that this process may use")
+    spec = replace(spec, devices=(replace(spec.devices[0], cpu_affinity=str(cpu), numa_node=0),))
+    server = VllmLauncher(tmp_path).launch(spec, lambda _: None)
+    found = {pid: os.sched_getaffinity(pid) for pid in server.pids()}
+    server.stop()
+    assert len(found) > 1
+    assert all(cpus == {cpu} for cpus in found.values())
+    assert server.binding == server.proof.binding == f"CPUs {cpu} (NUMA node 0)"
+    assert os.sched_getaffinity(0) == {cpu, *others}
+
+
+def test_server_on_cpus_is_bound_by_its_environment_alone(launch: Launch) -> None:
+    server = launch("tp2")
+    assert all(os.sched_getaffinity(pid) == os.sched_getaffinity(0) for pid in server.pids())
+    assert server.proof.binding == ""
+
+
+def test_arguments_that_bind_come_before_those_of_the_user(temporary: Path, tmp_path: Path) -> None:
+    binding = Binding(None, ("--numa-bind", "--numa-bind-nodes", "0", "1"), "words")
+    spec = server_spec("tp2", arguments=("--max-model-len", "2048"))
+    server = VllmServer(spec, tmp_path, DeviceLocks([], "test", lambda _: None), binding)
+    server.stop()
+    assert server.command[-8:] == [
+        *("--tensor-parallel-size", "2", "--numa-bind", "--numa-bind-nodes", "0", "1"),
+        *("--max-model-len", "2048"),
     ]
 
 
@@ -293,6 +330,27 @@ def test_server_that_cannot_be_made_frees_its_locks(
     with pytest.raises(OSError, match="no port left"):
         launch("tp1")
     assert os.listdir(temporary) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "has_flag"),
+    [
+        ('group.add_argument("--numa-bind", **kwargs)', True),
+        ('group.add_argument("--numa-bind-nodes", **kwargs)', False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_numa_option_is_found_without_importing_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str | None, has_flag: bool
+) -> None:
+    engine = tmp_path / "vllm" / "engine"
+    engine.mkdir(parents=True)
+    (engine.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    if options is not None:
+        (engine / "arg_utils.py").write_text(options)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert require_vllm(sys.executable) is has_flag
 
 
 def test_vllm_is_not_installed(tmp_path: Path) -> None:
