@@ -147,24 +147,32 @@ def test_a_reader_that_goes_away_changes_nothing(tmp_path: Path) -> None:
 # -- topo ------------------------------------------------------------------------------------------------------------
 
 
-def test_topo_prints_devices_matrix_and_placement(run: Run) -> None:
+def test_topo_prints_table_and_placement(run: Run) -> None:
     ran = run("topo", "--from", write("topo.txt", TOPO), "--layout", "tp2", "--require", "nv4")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines() == [
         "recorded in topo.txt",
-        "GPU  name  NUMA  CPUs  UUID",
-        "0    -     0     0-7   -",
-        "1    -     1     8-15  -",
-        "2    -     1     8-15  -",
         "",
-        "      GPU0  GPU1  GPU2",
-        "GPU0  X     SYS   SYS",
-        "GPU1  SYS   X     NV4",
-        "GPU2  SYS   NV4   X",
+        "      GPU0  GPU1  GPU2  CPU Affinity  NUMA Affinity  GPU NUMA ID",
+        "GPU0   X    SYS   SYS   0-7           0              N/A",
+        "GPU1  SYS    X    NV4   8-15          1              N/A",
+        "GPU2  SYS   NV4    X    8-15          1              N/A",
         "",
-        "worst link: SYS",
-        "best placement: GPU 1, 2, worst link NV4",
+        "Legend:",
+        "  NV#  # bonded NVLinks",
+        "  SYS  from one NUMA node to another (QPI, UPI)",
+        "",
+        "worst link: SYS (GPUs 0 and 1, 0 and 2)",
+        "NVLink islands: 1-2",
+        "best placement of tp2: GPU 1, 2; worst link NV4 (GPUs 1 and 2)",
     ]
+
+
+def test_topo_output_can_be_read_back(run: Run) -> None:
+    first = run("topo", "--from", write("topo.txt", TOPO), "--json").document
+    printed = run("topo", "--from", "topo.txt", "--layout", "tp2").out
+    again = run("topo", "--from", write("printed.txt", printed), "--json").document
+    assert again == first | {"source": "printed.txt"}
 
 
 def test_topo_json_can_be_read_back(run: Run) -> None:
@@ -187,6 +195,15 @@ def test_topo_json_can_be_read_back(run: Run) -> None:
         ("--layout tp2 --require nv5", 1, "failed: ranks 0 and 1 (GPUs 1 and 2): link NV4, nv5 required"),
         ("--layout tp3 --require phb", 1, "failed: ranks 0 and 1 (GPUs 0 and 1): link SYS, phb required"),
         ("--layout tp1 --require nvlink", 0, ""),
+        ("--require node", 1, "  recorded in topo.txt\n  --layout tp2 --require node would pass, on GPUs 1, 2\n"),
+        (
+            "--layout tp3 --require nv5",
+            1,
+            "  no smaller layout with links satisfies nv5; --require any accepts every",
+        ),
+        ("--layout tp2 --require nv5", 1, "  no layout with links satisfies nv5; --require any accepts every link\n"),
+        ("--layout tp2@2 --require nvlink", 0, ""),
+        ("--layout tp4@2 --require nvlink", 0, ""),
         ("--layout tp4", 1, "failed: layout tp4 needs 4 GPUs, found 3 (source topo.txt): 0, 1, 2"),
         ("--layout tp4 --require any", 1, "failed: layout tp4 needs 4 GPUs"),
     ],
@@ -197,6 +214,93 @@ def test_topo_checks(run: Run, arguments: str, code: int, told: str) -> None:
         assert ran.code == code
         assert told in ran.err
         assert bool(ran.err) is bool(told)
+
+
+def test_topo_says_when_a_layout_does_not_fit(run: Run) -> None:
+    ran = run("topo", "--from", write("topo.txt", TOPO), "--layout", "tp4")
+    assert ran.out.endswith("\nbest placement of tp4: not possible on this machine\n")
+
+
+def gpu(index: int, **facts: Any) -> dict[str, Any]:
+    return {"index": index, **facts}
+
+
+def recording(*gpus: dict[str, Any], link: str | None = "NV12", **more: Any) -> str:
+    """JSON of a machine in which GPUs without a fault are all linked alike."""
+    sound = [g["index"] for g in gpus if "fault" not in g]
+    links = [{"a": a, "b": b, "class": link} for a in sound for b in sound if a < b]
+    return json.dumps({"schema_version": 1, "gpus": gpus, "links": links, **more})
+
+
+LOST = recording(gpu(0), gpu(1), gpu(2), gpu(3, fault="GPU is lost"))
+WITH_MIG = recording(gpu(0), gpu(1, mig=True))
+WITH_LAYOUT = "  with --layout SPEC only the GPUs of the layout are checked\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "code", "told"),
+    [
+        (recording(gpu(0)), "", 0, ""),
+        (recording(gpu(0)), "--require any", 0, ""),
+        (recording(gpu(0)), "--layout tp1 --require nvlink", 0, ""),
+        (recording(gpu(0)), "--require nvlink", 1, "failed: a link to check was required, found one GPU\n"),
+        (recording(), "--require pix", 1, "failed: a link to check was required, found no GPU that can be used\n"),
+        (LOST, "", 0, ""),
+        (LOST, "--layout tp2 --require nvlink", 0, ""),
+        (LOST, "--require nvlink", 1, "failed: GPU 3 cannot be used: GPU is lost\n  recorded in topo.json\n"),
+        (LOST, "--require nvlink", 1, "  --layout tp2 --require nvlink would pass, on GPUs 0, 1\n"),
+        (LOST, "--layout tp4 --require nvlink", 1, "failed: layout tp4 needs 4 GPUs, found 3 "),
+        (
+            WITH_MIG,
+            "--require any",
+            1,
+            "failed: GPU 1 cannot be used: MIG is on\n  recorded in topo.json\n" + WITH_LAYOUT,
+        ),
+        (WITH_MIG, "--require nvlink", 1, "failed: a link to check was required, found one GPU that can be used\n"),
+        (
+            recording(gpu(0), gpu(1), p2p=[{"a": 0, "b": 1, "capability": "n", "status": "NS"}]),
+            "--require nvlink",
+            1,
+            "failed: GPUs 0 and 1: link NV12, but the driver says NS for NVLink (not supported), nvlink required\n",
+        ),
+        (
+            recording(*map(gpu, range(8)), link="PHB"),
+            "--require nvlink",
+            1,
+            "link PHB, nvlink required\n  and 18 more\n",
+        ),
+    ],
+)
+def test_topo_checks_the_node(run: Run, text: str, arguments: str, code: int, told: str) -> None:
+    ran = run("topo", "--from", write("topo.json", text), *arguments.split())
+    assert ran.code == code
+    assert told in ran.err
+    assert bool(ran.err) is bool(told)
+
+
+@pytest.mark.parametrize(
+    ("variables", "terminal", "coloured"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"TERM": "dumb"}, True, False),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"NO_COLOR": ""}, True, True),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+    ],
+)
+def test_topo_is_coloured_on_a_terminal(
+    run: Run, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], terminal: bool, coloured: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ran = run("topo", "--from", write("topo.txt", TOPO))
+    assert ("\x1b[32mNV4\x1b[0m    X    8-15" in ran.out) is coloured
+    assert ("\x1b" in ran.out) is coloured
+    assert "\x1b" not in run("topo", "--from", "topo.txt", "--json").out
 
 
 @pytest.mark.parametrize(
@@ -223,6 +327,38 @@ def test_topo_says_when_a_listing_settles_no_link(run: Run) -> None:
     assert ran.code == 2
     assert (ran.document["links"], ran.document["worst"]) == ([], None)
     assert ran.err.startswith("gpulayout: a listing that shows links was required, found none between 2 GPUs\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("", 2),
+        ("--require any", 2),
+        ("--require nvlink", 2),
+        ("--layout tp2", 2),
+        ("--layout tp3 --require any", 2),
+        ("--layout tp2 --require nvlink", 0),
+        ("--layout tp2 --require nv5", 2),
+    ],
+)
+def test_topo_of_a_listing_that_leaves_a_link_open(run: Run, arguments: str, code: int) -> None:
+    text = TOPO.replace("X \tSYS\tSYS", "X \t???\tSYS").replace("GPU1\tSYS", "GPU1\t???")
+    ran = run("topo", "--from", write("topo.txt", text), *arguments.split())
+    told = (
+        "gpulayout: a listing that shows every link was required, found none between GPUs 0 and 1\n"
+        "  in topo.txt\n"
+        "  record it again: nvidia-smi topo -m > topo.txt, or gpulayout topo --json > topo.json\n"
+    )
+    assert (ran.code, ran.err) == (code, told if code else "")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("", 0), ("--require any", 0), ("--require nvlink", 1)])
+def test_topo_of_a_listing_of_peer_access_alone(run: Run, arguments: str, code: int) -> None:
+    text = "$ nvidia-smi topo -p2p r\n \tGPU0\tGPU1\n GPU0\tX\tCNS\n GPU1\tCNS\tX\n"
+    ran = run("topo", "--from", write("p2p.txt", text), *arguments.split())
+    assert ran.code == code
+    assert "peer access: read refused for GPUs 0 and 1 (CNS: the chipset does not support it)\n" in ran.out
+    assert "worst link: unknown (GPUs 0 and 1)\n" in ran.out
 
 
 def test_topo_of_a_missing_file(run: Run) -> None:
