@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pytest_gpulayout.errors import TopologyError
@@ -20,14 +20,15 @@ def nvml_library() -> Iterator[Any]:
         raise no_gpu(f"NVML says {str(error)!r}") from error
     try:
         yield pynvml
-    except pynvml.NVMLError as error:
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
         raise TopologyError(
             f"the list of NVIDIA GPUs was expected, found that NVML says {str(error)!r}\n"
             "  in the NVIDIA driver of this machine\n"
             "  look at 'nvidia-smi' and 'dmesg | grep -i NVRM'; a lost GPU needs a reset of the machine"
         ) from error
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 def no_gpu(reason: str) -> TopologyError:

@@ -1,243 +1,672 @@
-/* A small libnvidia-ml.so.1 for tests: the functions that the real pynvml calls for a topology, answered from the
- * text file that FAKE_NVML_CONFIG names. tests/native/build.py writes that file and documents its lines. Numbers and
- * structures are those of NVIDIA's nvml.h (CUDA 13). Without the variable there is "no driver". */
+/* A small libnvidia-ml.so.1 for tests: the functions that the real pynvml calls for a topology and for process lists,
+ * answered from the JSON file that FAKE_NVML_CONFIG names; tests/native/README.md describes the file. It is read again
+ * at each nvmlInit, and by the process functions at each call. Numbers and structures are those of NVIDIA's nvml.h
+ * (CUDA 13). Without the variable there is "no driver". */
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9,
-       FUNCTION_NOT_FOUND = 13 };
-enum { MAX_GPUS = 16, MAX_LINKS = 18, MAX_PROCESSES = 8, MAX_WORDS = 64, SWITCH = 2, SWITCH_LINKS_FIELD = 147 };
+       FUNCTION_NOT_FOUND = 13, GPU_IS_LOST = 15, VERSION_MISMATCH = 25, UNKNOWN = 999 };
+enum { MAX_GPUS = 72, MAX_LINKS = 36, MAX_DEPTH = 64 };
+enum { TYPE_GPU = 0, TYPE_SWITCH = 2, TYPE_UNKNOWN = 255, UNSIGNED_INT = 1 };
+enum { FIELD_SPEED_L0 = 84, FIELD_SPEED_L6 = 132, FIELD_SWITCH_LINKS = 147, FIELD_SPEED = 164 };
+static const unsigned long long NOT_AVAILABLE = ~0ULL; /* NVML_VALUE_NOT_AVAILABLE */
 
-typedef struct {
-    int present, n_links, n_processes, cpus_known, nodes_known;
-    char name[96], uuid[96], bus_id[32];
-    unsigned long long memory, cpus[MAX_WORDS], nodes[MAX_WORDS];
-    int remote[MAX_LINKS]; /* index of the GPU at the other end, -1 for a switch */
-    int down[MAX_LINKS];
-    unsigned int pid[MAX_PROCESSES];
-    unsigned long long used[MAX_PROCESSES];
-} Gpu;
+/* ---- JSON (RFC 8259) ------------------------------------------------------------------------------------------ */
 
-typedef struct { char legacy[16]; unsigned int domain, bus, device, id, subsystem; char bus_id[32]; } PciInfo;
-typedef struct { unsigned long long total, free, used; } Memory;
-typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance; } Process;
-typedef struct {
-    unsigned int field, scope;
-    long long timestamp, latency;
-    unsigned int type, result;
-    unsigned long long value;
-} Field;
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } Kind;
+
+typedef struct Json {
+    Kind kind;
+    long long number;      /* whole part; what lies above LLONG_MAX is not needed here */
+    char *text;            /* of a string */
+    size_t size, room;     /* of an array or object */
+    struct Json **items;
+    char **keys;           /* of an object */
+} Json;
+
+typedef struct { const char *start, *at; int depth; const char *error; } Reader;
+
+static Json *read_value(Reader *reader);
+
+static void free_json(Json *json) {
+    if (!json) return;
+    for (size_t i = 0; i < json->size; i++) {
+        free_json(json->items[i]);
+        if (json->keys) free(json->keys[i]);
+    }
+    free(json->items);
+    free(json->keys);
+    free(json->text);
+    free(json);
+}
+
+static Json *new_json(Kind kind) {
+    Json *json = calloc(1, sizeof *json);
+    if (!json) abort();
+    json->kind = kind;
+    return json;
+}
+
+static void *fail(Reader *reader, const char *error) {
+    if (!reader->error) reader->error = error;
+    return NULL;
+}
+
+static void skip_blanks(Reader *reader) { reader->at += strspn(reader->at, " \t\r\n"); }
+
+static int take(Reader *reader, char wanted) {
+    skip_blanks(reader);
+    if (*reader->at != wanted) return 0;
+    reader->at++;
+    return 1;
+}
+
+static void append(Json *json, char *key, Json *item) {
+    if (json->size == json->room) {
+        json->room = json->room ? 2 * json->room : 8;
+        json->items = realloc(json->items, json->room * sizeof *json->items);
+        if (json->kind == JSON_OBJECT) json->keys = realloc(json->keys, json->room * sizeof *json->keys);
+        if (!json->items || (json->kind == JSON_OBJECT && !json->keys)) abort();
+    }
+    if (json->kind == JSON_OBJECT) json->keys[json->size] = key;
+    json->items[json->size++] = item;
+}
+
+static int read_hex4(Reader *reader, unsigned *code) {
+    *code = 0;
+    for (int i = 0; i < 4; i++, reader->at++) {
+        const char *digits = "0123456789abcdef";
+        char digit = *reader->at >= 'A' && *reader->at <= 'F' ? (char)(*reader->at + 32) : *reader->at;
+        const char *found = digit ? strchr(digits, digit) : NULL;
+        if (!found) return 0;
+        *code = 16 * *code + (unsigned)(found - digits);
+    }
+    return 1;
+}
+
+static char *put_utf8(char *to, unsigned code) {
+    if (code < 0x80) { *to++ = (char)code; return to; }
+    if (code < 0x800) *to++ = (char)(0xC0 | code >> 6);
+    else if (code < 0x10000) { *to++ = (char)(0xE0 | code >> 12); *to++ = (char)(0x80 | (code >> 6 & 0x3F)); }
+    else {
+        *to++ = (char)(0xF0 | code >> 18);
+        *to++ = (char)(0x80 | (code >> 12 & 0x3F));
+        *to++ = (char)(0x80 | (code >> 6 & 0x3F));
+    }
+    *to++ = (char)(0x80 | (code & 0x3F));
+    return to;
+}
+
+static char *read_unicode(Reader *reader, char *to) {
+    unsigned code, low;
+    if (!read_hex4(reader, &code)) return fail(reader, "four hexadecimal digits expected");
+    if (code >= 0xD800 && code < 0xDC00) {
+        if (strncmp(reader->at, "\\u", 2)) return fail(reader, "second half of a surrogate pair expected");
+        reader->at += 2;
+        if (!read_hex4(reader, &low) || low < 0xDC00 || low > 0xDFFF) return fail(reader, "not a surrogate pair");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    }
+    return put_utf8(to, code);
+}
+
+static char *read_escape(Reader *reader, char *to) {
+    static const char names[] = "\"\\/bfnrt", meant[] = "\"\\/\b\f\n\r\t";
+    char name = *reader->at++;
+    const char *found = name ? strchr(names, name) : NULL;
+    if (name == 'u') return read_unicode(reader, to);
+    if (!found) return fail(reader, "unknown escape");
+    *to++ = meant[found - names];
+    return to;
+}
+
+/* The text of a string; its opening quote has been taken. An escape is never shorter than what it stands for. */
+static char *read_text(Reader *reader) {
+    char *text = malloc(strlen(reader->at) + 1), *to = text;
+    if (!text) abort();
+    while (to && *reader->at != '"') {
+        if ((unsigned char)*reader->at < 0x20) to = fail(reader, "end of the string expected");
+        else if (*reader->at != '\\') *to++ = *reader->at++;
+        else { reader->at++; to = read_escape(reader, to); }
+    }
+    if (!to) { free(text); return NULL; }
+    reader->at++;
+    *to = 0;
+    return text;
+}
+
+static Json *read_string(Reader *reader) {
+    char *text = read_text(reader);
+    Json *json = text ? new_json(JSON_STRING) : NULL;
+    if (json) json->text = text;
+    return json;
+}
+
+static int skip_digits(Reader *reader) {
+    size_t count = strspn(reader->at, "0123456789");
+    reader->at += count;
+    return count > 0;
+}
+
+static Json *read_number(Reader *reader) {
+    const char *start = reader->at;
+    Json *json;
+    if (*reader->at == '-') reader->at++;
+    if (*reader->at == '0') reader->at++;
+    else if (!skip_digits(reader)) return fail(reader, "a value expected");
+    if (*reader->at == '.') { reader->at++; if (!skip_digits(reader)) return fail(reader, "digits expected"); }
+    if (*reader->at == 'e' || *reader->at == 'E') {
+        reader->at++;
+        if (*reader->at == '+' || *reader->at == '-') reader->at++;
+        if (!skip_digits(reader)) return fail(reader, "digits of the exponent expected");
+    }
+    json = new_json(JSON_NUMBER);
+    json->number = strcspn(start, ".eE") < (size_t)(reader->at - start) ? (long long)strtod(start, NULL)
+                                                                        : strtoll(start, NULL, 10);
+    return json;
+}
+
+static Json *read_word(Reader *reader, const char *word, Kind kind) {
+    if (strncmp(reader->at, word, strlen(word))) return fail(reader, "a value expected");
+    reader->at += strlen(word);
+    return new_json(kind);
+}
+
+static int read_member(Reader *reader, Json *json) {
+    char *key = NULL;
+    Json *item;
+    if (json->kind == JSON_OBJECT) {
+        if (!take(reader, '"')) { fail(reader, "a name in quotes expected"); return 0; }
+        key = read_text(reader);
+        if (!key) return 0;
+        if (!take(reader, ':')) { free(key); fail(reader, "a colon expected"); return 0; }
+    }
+    item = read_value(reader);
+    if (!item) { free(key); return 0; }
+    append(json, key, item);
+    return 1;
+}
+
+static Json *read_members(Reader *reader, Kind kind, char end) {
+    Json *json = new_json(kind);
+    if (take(reader, end)) return json;
+    do {
+        if (!read_member(reader, json)) { free_json(json); return NULL; }
+    } while (take(reader, ','));
+    if (take(reader, end)) return json;
+    free_json(json);
+    return fail(reader, "a comma or the end of the list expected");
+}
+
+static Json *read_value(Reader *reader) {
+    Json *json;
+    if (reader->depth == MAX_DEPTH) return fail(reader, "nested too deeply");
+    reader->depth++;
+    skip_blanks(reader);
+    if (take(reader, '{')) json = read_members(reader, JSON_OBJECT, '}');
+    else if (take(reader, '[')) json = read_members(reader, JSON_ARRAY, ']');
+    else if (take(reader, '"')) json = read_string(reader);
+    else if (*reader->at == 't') json = read_word(reader, "true", JSON_TRUE);
+    else if (*reader->at == 'f') json = read_word(reader, "false", JSON_FALSE);
+    else if (*reader->at == 'n') json = read_word(reader, "null", JSON_NULL);
+    else json = read_number(reader);
+    reader->depth--;
+    return json;
+}
+
+static Json *read_json(const char *text) {
+    Reader reader = {text, text, 0, NULL};
+    Json *json = read_value(&reader);
+    skip_blanks(&reader);
+    if (json && *reader.at) {
+        fail(&reader, "the end of the file expected");
+        free_json(json);
+        json = NULL;
+    }
+    if (!json) fprintf(stderr, "fake NVML: %s at byte %ld\n", reader.error, (long)(reader.at - reader.start));
+    return json;
+}
+
+static const Json *get(const Json *json, const char *key) {
+    if (!json || json->kind != JSON_OBJECT) return NULL;
+    for (size_t i = 0; i < json->size; i++)
+        if (!strcmp(json->keys[i], key)) return json->items[i];
+    return NULL;
+}
+
+static const Json *item(const Json *json, size_t i) {
+    return json && json->kind == JSON_ARRAY && i < json->size ? json->items[i] : NULL;
+}
+
+static size_t size_of(const Json *json) { return json && json->kind == JSON_ARRAY ? json->size : 0; }
+static int is_number(const Json *json) { return json && json->kind == JSON_NUMBER; }
+static const char *text_of(const Json *json) { return json && json->kind == JSON_STRING ? json->text : NULL; }
+static long long number_of(const Json *json, long long other) { return is_number(json) ? json->number : other; }
+
+/* ---- The machine ----------------------------------------------------------------------------------------------- */
+
+typedef struct { int calls; } Gpu; /* a handle; it stays valid while the file is read again */
 
 static Gpu gpus[MAX_GPUS];
-static int n_gpus, ancestors[MAX_GPUS][MAX_GPUS], p2p[MAX_GPUS][MAX_GPUS][8], cuda_version, init_error;
-static char driver_version[80], missing[2048];
+static Json *machine;
+
+static char *read_file(const char *path) {
+    FILE *file = path ? fopen(path, "rb") : NULL;
+    char *text = NULL;
+    size_t size = 0, room = 0, got = 1;
+    if (!file) return NULL;
+    while (got > 0) {
+        if (room < size + 65536 && !(text = realloc(text, (room = 2 * room + 65536) + 1))) abort();
+        got = fread(text + size, 1, room - size, file);
+        size += got;
+    }
+    fclose(file);
+    text[size] = 0;
+    return text;
+}
+
+static int read_machine(void) {
+    char *text = read_file(getenv("FAKE_NVML_CONFIG"));
+    Json *json;
+    if (!text) return DRIVER_NOT_LOADED;
+    json = read_json(text);
+    free(text);
+    if (!json) return UNKNOWN;
+    free_json(machine);
+    machine = json;
+    return SUCCESS;
+}
 
 static int index_of(const Gpu *gpu) { return (int)(gpu - gpus); }
+static const Json *about(const Gpu *gpu) { return item(get(machine, "gpus"), (size_t)index_of(gpu)); }
 
-static int is_missing(const char *function) {
-    char wanted[96];
-    snprintf(wanted, sizeof wanted, " %s ", function);
-    return strstr(missing, wanted) != NULL;
-}
-#define NEED_FUNCTION() do { if (is_missing(__func__)) return FUNCTION_NOT_FOUND; } while (0)
-
-static void add_link(int a, int remote, int count, int is_down) {
-    for (; count > 0 && gpus[a].n_links < MAX_LINKS; count--) {
-        gpus[a].down[gpus[a].n_links] = is_down;
-        gpus[a].remote[gpus[a].n_links++] = remote;
-    }
+static const Json *of_pair(const Json *json, const Gpu *a, const Gpu *b) {
+    char key[32];
+    int first = index_of(a), second = index_of(b);
+    snprintf(key, sizeof key, "%d-%d", first < second ? first : second, first < second ? second : first);
+    return get(json, key);
 }
 
-static void read_gpu(int i, const char *key, const char *value) {
-    Gpu *gpu = &gpus[i];
-    unsigned int first, last;
-    gpu->present = 1;
-    if (i >= n_gpus) n_gpus = i + 1;
-    if (!strcmp(key, "name")) snprintf(gpu->name, sizeof gpu->name, "%s", value);
-    if (!strcmp(key, "uuid")) snprintf(gpu->uuid, sizeof gpu->uuid, "%s", value);
-    if (!strcmp(key, "bus_id")) snprintf(gpu->bus_id, sizeof gpu->bus_id, "%s", value);
-    if (!strcmp(key, "memory")) gpu->memory = strtoull(value, NULL, 10);
-    if (!strcmp(key, "switch_links")) add_link(i, -1, atoi(value), 0);
-    if (!strcmp(key, "node")) {
-        gpu->nodes_known = 1;
-        gpu->nodes[atoi(value) / 64] |= 1ULL << (atoi(value) % 64);
+/* What "errors" says for a function and the GPUs it is asked about (NULL where there is none). */
+static int listed_error(const char *function, const Gpu *a, const Gpu *b) {
+    const Json *errors = get(get(machine, "errors"), function), *found = a && b ? of_pair(errors, a, b) : NULL;
+    const Gpu *ends[] = {a, b};
+    char key[16];
+    for (int i = 0; i < 2 && !found; i++) {
+        if (!ends[i]) continue;
+        snprintf(key, sizeof key, "%d", index_of(ends[i]));
+        found = get(errors, key);
     }
-    if (!strcmp(key, "cpus") && sscanf(value, "%u-%u", &first, &last) == 2) {
-        gpu->cpus_known = 1;
-        for (; first <= last; first++) gpu->cpus[first / 64] |= 1ULL << (first % 64);
-    }
-    if (!strcmp(key, "process") && gpu->n_processes < MAX_PROCESSES) {
-        sscanf(value, "%u %llu", &gpu->pid[gpu->n_processes], &gpu->used[gpu->n_processes]);
-        gpu->n_processes++;
-    }
+    return (int)number_of(is_number(errors) ? errors : found, SUCCESS);
 }
 
-static void read_pair(int a, int b, const char *key, const char *value) {
-    int capability, status;
-    if (!strcmp(key, "ancestor")) ancestors[a][b] = ancestors[b][a] = atoi(value);
-    if (!strcmp(key, "nvlinks")) { add_link(a, b, atoi(value), 0); add_link(b, a, atoi(value), 0); }
-    if (!strcmp(key, "nvlinks_down")) { add_link(a, b, atoi(value), 1); add_link(b, a, atoi(value), 1); }
-    if (!strcmp(key, "p2p") && sscanf(value, "%d %d", &capability, &status) == 2)
-        p2p[a][b][capability] = p2p[b][a][capability] = status;
+static int is_lost(Gpu *gpu) {
+    return gpu && gpu->calls++ >= number_of(get(about(gpu), "lost_after"), 1LL << 40);
 }
 
-static void read_line(const char *line) {
-    char key[64], value[512];
-    int a, b;
-    if (sscanf(line, "gpu %d %63s %511[^\n]", &a, key, value) == 3) read_gpu(a, key, value);
-    else if (sscanf(line, "pair %d %d %63s %511[^\n]", &a, &b, key, value) == 4) read_pair(a, b, key, value);
-    else if (sscanf(line, "driver %79s", driver_version) == 1) return;
-    else if (sscanf(line, "cuda %d", &a) == 1) cuda_version = a;
-    else if (sscanf(line, "init_error %d", &a) == 1) init_error = a;
-    else if (sscanf(line, "missing %511s", value) == 1 && strlen(missing) + strlen(value) + 2 < sizeof missing) {
-        strcat(missing, value);
-        strcat(missing, " ");
-    }
+static int trouble(const char *function, Gpu *a, Gpu *b) {
+    const Json *missing = get(machine, "missing");
+    int a_is_lost, b_is_lost;
+    for (size_t i = 0; i < size_of(missing); i++)
+        if (text_of(item(missing, i)) && !strcmp(text_of(item(missing, i)), function)) return FUNCTION_NOT_FOUND;
+    a_is_lost = is_lost(a);
+    b_is_lost = is_lost(b);
+    return a_is_lost || b_is_lost ? GPU_IS_LOST : listed_error(function, a, b);
 }
 
-int nvmlInitWithFlags(unsigned int flags) {
-    const char *path = getenv("FAKE_NVML_CONFIG");
-    FILE *file = path ? fopen(path, "r") : NULL;
-    char line[1024];
+#define ANSWER_OR(a, b) do { int error_ = trouble(__func__, a, b); if (error_) return error_; } while (0)
+
+static int copy_text(const Json *from, char *to, unsigned length) {
+    if (!text_of(from)) return NOT_SUPPORTED;
+    if (strlen(text_of(from)) >= length) return INSUFFICIENT_SIZE;
+    strcpy(to, text_of(from));
+    return SUCCESS;
+}
+
+static int copy_number(const Json *from, unsigned *to) {
+    if (!is_number(from)) return NOT_SUPPORTED;
+    *to = (unsigned)from->number;
+    return SUCCESS;
+}
+
+/* ---- System ---------------------------------------------------------------------------------------------------- */
+
+int nvmlInitWithFlags(unsigned flags) {
+    int result = read_machine();
     (void)flags;
-    if (!file) return DRIVER_NOT_LOADED;
     memset(gpus, 0, sizeof gpus);
-    memset(ancestors, -1, sizeof ancestors);
-    memset(p2p, -1, sizeof p2p);
-    n_gpus = cuda_version = init_error = 0;
-    strcpy(missing, " ");
-    while (fgets(line, sizeof line, file)) read_line(line);
-    fclose(file);
-    return init_error;
+    return result ? result : (int)number_of(get(machine, "init_error"), SUCCESS);
 }
 
 int nvmlShutdown(void) { return SUCCESS; }
 
 const char *nvmlErrorString(int result) { return result == SUCCESS ? "Success" : "Fake error"; }
 
-int nvmlSystemGetDriverVersion(char *version, unsigned int length) {
-    NEED_FUNCTION();
-    snprintf(version, length, "%s", driver_version);
-    return SUCCESS;
+int nvmlSystemGetDriverVersion(char *version, unsigned length) {
+    ANSWER_OR(NULL, NULL);
+    return copy_text(get(machine, "driver"), version, length);
 }
 
-int nvmlSystemGetCudaDriverVersion_v2(int *version) {
-    NEED_FUNCTION();
-    *version = cuda_version;
-    return SUCCESS;
+int nvmlSystemGetNVMLVersion(char *version, unsigned length) {
+    ANSWER_OR(NULL, NULL);
+    return copy_text(get(machine, "nvml"), version, length);
 }
 
-int nvmlDeviceGetCount_v2(unsigned int *count) {
-    *count = (unsigned int)n_gpus;
-    return SUCCESS;
+int nvmlSystemGetCudaDriverVersion(unsigned *version) {
+    ANSWER_OR(NULL, NULL);
+    return copy_number(get(machine, "cuda"), version);
 }
 
-int nvmlDeviceGetHandleByIndex_v2(unsigned int index, Gpu **gpu) {
-    if (index >= (unsigned int)n_gpus || !gpus[index].present) return INVALID_ARGUMENT;
+int nvmlSystemGetCudaDriverVersion_v2(unsigned *version) {
+    ANSWER_OR(NULL, NULL);
+    return copy_number(get(machine, "cuda"), version);
+}
+
+int nvmlDeviceGetCount_v2(unsigned *count) {
+    ANSWER_OR(NULL, NULL);
+    *count = (unsigned)size_of(get(machine, "gpus"));
+    return *count > MAX_GPUS ? UNKNOWN : SUCCESS;
+}
+
+/* ---- One GPU --------------------------------------------------------------------------------------------------- */
+
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, Gpu **gpu) {
+    if (index >= size_of(get(machine, "gpus"))) return INVALID_ARGUMENT;
+    ANSWER_OR(&gpus[index], NULL);
     *gpu = &gpus[index];
     return SUCCESS;
 }
 
-int nvmlDeviceGetName(Gpu *gpu, char *name, unsigned int length) {
-    NEED_FUNCTION();
-    snprintf(name, length, "%s", gpu->name);
-    return SUCCESS;
+int nvmlDeviceGetName(Gpu *gpu, char *name, unsigned length) {
+    ANSWER_OR(gpu, NULL);
+    return copy_text(get(about(gpu), "name"), name, length);
 }
 
-int nvmlDeviceGetUUID(Gpu *gpu, char *uuid, unsigned int length) {
-    snprintf(uuid, length, "%s", gpu->uuid);
+int nvmlDeviceGetUUID(Gpu *gpu, char *uuid, unsigned length) {
+    ANSWER_OR(gpu, NULL);
+    return copy_text(get(about(gpu), "uuid"), uuid, length);
+}
+
+typedef struct { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; } PciInfo;
+
+static int copy_bus_id(const char *bus_id, PciInfo *info) {
+    memset(info, 0, sizeof *info);
+    if (!bus_id) return NOT_SUPPORTED;
+    snprintf(info->bus_id, sizeof info->bus_id, "%s", bus_id);
     return SUCCESS;
 }
 
 int nvmlDeviceGetPciInfo_v3(Gpu *gpu, PciInfo *info) {
-    memset(info, 0, sizeof *info);
-    snprintf(info->bus_id, sizeof info->bus_id, "%s", gpu->bus_id);
-    return SUCCESS;
+    ANSWER_OR(gpu, NULL);
+    return copy_bus_id(text_of(get(about(gpu), "bus_id")), info);
 }
+
+typedef struct { unsigned long long total, free, used; } Memory;
 
 int nvmlDeviceGetMemoryInfo(Gpu *gpu, Memory *memory) {
-    NEED_FUNCTION();
-    memory->total = memory->free = gpu->memory;
-    memory->used = 0;
+    ANSWER_OR(gpu, NULL);
+    if (!is_number(get(about(gpu), "memory_total"))) return NOT_SUPPORTED;
+    memory->total = (unsigned long long)number_of(get(about(gpu), "memory_total"), 0);
+    memory->used = (unsigned long long)number_of(get(about(gpu), "memory_used"), 0);
+    memory->free = memory->total - memory->used;
     return SUCCESS;
 }
 
-static int copy_set(int known, unsigned long long *to, unsigned int words, const unsigned long long *from) {
-    if (!known) return NOT_SUPPORTED;
-    if (words > MAX_WORDS) words = MAX_WORDS;
-    memcpy(to, from, words * sizeof *to);
+/* Bits of a list such as "0-13,28-41" in an array of 64-bit words. */
+static int copy_set(const char *list, unsigned long long *set, unsigned words) {
+    if (!list) return NOT_SUPPORTED;
+    memset(set, 0, words * sizeof *set);
+    while (*list) {
+        char *end;
+        unsigned long first = strtoul(list, &end, 10), last = *end == '-' ? strtoul(end + 1, &end, 10) : first;
+        for (; first <= last && first / 64 < words; first++) set[first / 64] |= 1ULL << first % 64;
+        list = *end == ',' ? end + 1 : "";
+    }
     return SUCCESS;
 }
 
-int nvmlDeviceGetMemoryAffinity(Gpu *gpu, unsigned int words, unsigned long long *set, unsigned int scope) {
-    NEED_FUNCTION();
+int nvmlDeviceGetMemoryAffinity(Gpu *gpu, unsigned words, unsigned long long *set, unsigned scope) {
+    ANSWER_OR(gpu, NULL);
     (void)scope;
-    return copy_set(gpu->nodes_known, set, words, gpu->nodes);
+    return copy_set(text_of(get(about(gpu), "nodes")), set, words);
 }
 
-int nvmlDeviceGetCpuAffinity(Gpu *gpu, unsigned int words, unsigned long long *set) {
-    NEED_FUNCTION();
-    return copy_set(gpu->cpus_known, set, words, gpu->cpus);
+int nvmlDeviceGetCpuAffinity(Gpu *gpu, unsigned words, unsigned long long *set) {
+    ANSWER_OR(gpu, NULL);
+    return copy_set(text_of(get(about(gpu), "cpus")), set, words);
 }
 
-int nvmlDeviceGetNvLinkState(Gpu *gpu, unsigned int link, unsigned int *active) {
-    NEED_FUNCTION();
-    if (link >= (unsigned int)gpu->n_links) return gpu->n_links ? INVALID_ARGUMENT : NOT_SUPPORTED;
-    *active = !gpu->down[link];
+int nvmlDeviceGetNumaNodeId(Gpu *gpu, unsigned *node) {
+    ANSWER_OR(gpu, NULL);
+    return copy_number(get(about(gpu), "numa_id"), node);
+}
+
+int nvmlDeviceGetMigMode(Gpu *gpu, unsigned *current, unsigned *pending) {
+    const Json *mode = get(about(gpu), "mig");
+    ANSWER_OR(gpu, NULL);
+    if (!mode || mode->kind == JSON_NULL) return NOT_SUPPORTED;
+    *current = *pending = mode->kind == JSON_TRUE;
     return SUCCESS;
 }
 
-int nvmlDeviceGetNvLinkRemoteDeviceType(Gpu *gpu, unsigned int link, unsigned int *type) {
-    NEED_FUNCTION();
-    *type = gpu->remote[link] < 0 ? SWITCH : 0;
+static int copy_pcie(const Gpu *gpu, const char *key, unsigned *to) {
+    return copy_number(get(get(about(gpu), "pcie"), key), to);
+}
+
+int nvmlDeviceGetCurrPcieLinkGeneration(Gpu *gpu, unsigned *to) {
+    ANSWER_OR(gpu, NULL);
+    return copy_pcie(gpu, "generation", to);
+}
+
+int nvmlDeviceGetCurrPcieLinkWidth(Gpu *gpu, unsigned *to) {
+    ANSWER_OR(gpu, NULL);
+    return copy_pcie(gpu, "width", to);
+}
+
+int nvmlDeviceGetMaxPcieLinkGeneration(Gpu *gpu, unsigned *to) {
+    ANSWER_OR(gpu, NULL);
+    return copy_pcie(gpu, "max_generation", to);
+}
+
+int nvmlDeviceGetMaxPcieLinkWidth(Gpu *gpu, unsigned *to) {
+    ANSWER_OR(gpu, NULL);
+    return copy_pcie(gpu, "max_width", to);
+}
+
+typedef struct { unsigned char uuid[16]; int status; unsigned clique, state; } Fabric;
+typedef struct { unsigned version; unsigned char uuid[16]; int status; unsigned clique, state, health; } FabricV2;
+enum { FABRIC_V2 = 0x02000024 };
+
+static int copy_fabric(const Gpu *gpu, Fabric *to) {
+    const Json *fabric = get(about(gpu), "fabric");
+    const char *digits = text_of(get(fabric, "cluster_uuid"));
+    if (!fabric) return NOT_SUPPORTED;
+    memset(to, 0, sizeof *to);
+    for (int i = 0; digits && *digits && i < 16; digits += 2) {
+        unsigned byte;
+        if (*digits == '-') digits++;
+        if (sscanf(digits, "%2x", &byte) == 1) to->uuid[i++] = (unsigned char)byte;
+    }
+    to->status = (int)number_of(get(fabric, "status"), SUCCESS);
+    to->clique = (unsigned)number_of(get(fabric, "clique_id"), 0);
+    to->state = (unsigned)number_of(get(fabric, "state"), 0);
     return SUCCESS;
 }
 
-int nvmlDeviceGetNvLinkRemotePciInfo_v2(Gpu *gpu, unsigned int link, PciInfo *info) {
-    NEED_FUNCTION();
-    if (gpu->remote[link] >= 0) return nvmlDeviceGetPciInfo_v3(&gpus[gpu->remote[link]], info);
-    memset(info, 0, sizeof *info);
-    snprintf(info->bus_id, sizeof info->bus_id, "00000000:C0:00.0");
+int nvmlDeviceGetGpuFabricInfo(Gpu *gpu, Fabric *fabric) {
+    ANSWER_OR(gpu, NULL);
+    return copy_fabric(gpu, fabric);
+}
+
+int nvmlDeviceGetGpuFabricInfoV(Gpu *gpu, FabricV2 *to) {
+    Fabric fabric;
+    int result;
+    ANSWER_OR(gpu, NULL);
+    if (to->version != FABRIC_V2) return VERSION_MISMATCH;
+    result = copy_fabric(gpu, &fabric);
+    if (result) return result;
+    memcpy(to->uuid, fabric.uuid, sizeof to->uuid);
+    to->status = fabric.status;
+    to->clique = fabric.clique;
+    to->state = fabric.state;
+    to->health = 0;
     return SUCCESS;
+}
+
+/* ---- NVLinks --------------------------------------------------------------------------------------------------- */
+
+/* The description of a link: an entry with "count" stands for as many links. */
+static const Json *link_of(const Gpu *gpu, unsigned link) {
+    const Json *links = get(about(gpu), "nvlinks");
+    for (size_t i = 0; i < size_of(links) && link < MAX_LINKS; i++) {
+        unsigned count = (unsigned)number_of(get(item(links, i), "count"), 1);
+        if (link < count) return item(links, i);
+        link -= count;
+    }
+    return NULL;
+}
+
+static int link_trouble(const char *function, Gpu *gpu, unsigned link) {
+    int error = trouble(function, gpu, NULL);
+    if (error) return error;
+    if (!link_of(gpu, link)) return link_of(gpu, 0) ? INVALID_ARGUMENT : NOT_SUPPORTED;
+    return (int)number_of(get(get(link_of(gpu, link), "errors"), function), SUCCESS);
+}
+
+#define LINK_ANSWER_OR(gpu, link) \
+    do { int error_ = link_trouble(__func__, gpu, link); if (error_) return error_; } while (0)
+
+int nvmlDeviceGetNvLinkState(Gpu *gpu, unsigned link, unsigned *active) {
+    LINK_ANSWER_OR(gpu, link);
+    return copy_number(get(link_of(gpu, link), "state"), active);
+}
+
+int nvmlDeviceGetNvLinkVersion(Gpu *gpu, unsigned link, unsigned *version) {
+    LINK_ANSWER_OR(gpu, link);
+    return copy_number(get(link_of(gpu, link), "version"), version);
+}
+
+static int ends_at_switch(const Gpu *gpu, unsigned link) {
+    const char *remote = text_of(get(link_of(gpu, link), "remote"));
+    return remote && !strcmp(remote, "switch");
+}
+
+int nvmlDeviceGetNvLinkRemoteDeviceType(Gpu *gpu, unsigned link, unsigned *type) {
+    const Json *given = get(link_of(gpu, link), "type");
+    LINK_ANSWER_OR(gpu, link);
+    *type = is_number(get(link_of(gpu, link), "remote")) ? TYPE_GPU : TYPE_UNKNOWN;
+    if (ends_at_switch(gpu, link)) *type = TYPE_SWITCH;
+    if (is_number(given)) *type = (unsigned)given->number;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(Gpu *gpu, unsigned link, PciInfo *info) {
+    const Json *remote = get(link_of(gpu, link), "remote");
+    LINK_ANSWER_OR(gpu, link);
+    if (ends_at_switch(gpu, link)) return copy_bus_id("00000000:C0:00.0", info);
+    if (is_number(remote)) remote = get(item(get(machine, "gpus"), (size_t)remote->number), "bus_id");
+    return copy_bus_id(text_of(remote), info);
+}
+
+typedef struct {
+    unsigned field, scope;
+    long long timestamp, latency;
+    unsigned type, result;
+    unsigned long long value;
+} Field;
+
+static int field_value(const Gpu *gpu, const Field *field, unsigned *value) {
+    unsigned id = field->field, link = field->scope;
+    char key[16];
+    snprintf(key, sizeof key, "%u", id);
+    if (get(get(machine, "field_errors"), key)) return (int)number_of(get(get(machine, "field_errors"), key), UNKNOWN);
+    if (id == FIELD_SWITCH_LINKS) {
+        for (*value = link = 0; link_of(gpu, link); link++)
+            *value += ends_at_switch(gpu, link) && number_of(get(link_of(gpu, link), "state"), 0) == 1;
+        return SUCCESS;
+    }
+    if (id >= FIELD_SPEED_L0 && id < FIELD_SPEED_L0 + 6) link = id - FIELD_SPEED_L0;
+    else if (id >= FIELD_SPEED_L6 && id < FIELD_SPEED_L6 + 6) link = id - FIELD_SPEED_L6 + 6;
+    else if (id != FIELD_SPEED) return NOT_SUPPORTED;
+    return copy_number(get(link_of(gpu, link), "speed"), value);
 }
 
 int nvmlDeviceGetFieldValues(Gpu *gpu, int count, Field *fields) {
-    NEED_FUNCTION();
+    ANSWER_OR(gpu, NULL);
     for (int i = 0; i < count; i++) {
-        fields[i].result = fields[i].field == SWITCH_LINKS_FIELD ? SUCCESS : NOT_SUPPORTED;
-        fields[i].value = 0;
-        for (int link = 0; link < gpu->n_links; link++) fields[i].value += gpu->remote[link] < 0;
+        unsigned value = 0;
+        fields[i].result = (unsigned)field_value(gpu, &fields[i], &value);
+        fields[i].type = UNSIGNED_INT;
+        fields[i].value = value;
     }
     return SUCCESS;
 }
 
-int nvmlDeviceGetTopologyCommonAncestor(Gpu *a, Gpu *b, unsigned int *level) {
-    int ancestor = ancestors[index_of(a)][index_of(b)];
-    NEED_FUNCTION();
-    if (ancestor < 0) return NOT_SUPPORTED;
-    *level = (unsigned int)ancestor;
-    return SUCCESS;
+/* ---- Pairs ----------------------------------------------------------------------------------------------------- */
+
+static const Json *about_pair(const Gpu *a, const Gpu *b, const char *key) {
+    const Json *pairs = get(machine, "pairs"), *pair = of_pair(pairs, a, b);
+    return get(pair ? pair : get(pairs, "default"), key);
 }
 
-int nvmlDeviceGetP2PStatus(Gpu *a, Gpu *b, unsigned int capability, unsigned int *status) {
-    NEED_FUNCTION();
-    if (capability >= 8 || p2p[index_of(a)][index_of(b)][capability] < 0) return NOT_SUPPORTED;
-    *status = (unsigned int)p2p[index_of(a)][index_of(b)][capability];
-    return SUCCESS;
+int nvmlDeviceGetTopologyCommonAncestor(Gpu *a, Gpu *b, unsigned *level) {
+    ANSWER_OR(a, b);
+    return copy_number(about_pair(a, b, "ancestor"), level);
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(Gpu *gpu, unsigned int *count, Process *processes) {
-    unsigned int room = *count;
-    NEED_FUNCTION();
-    *count = (unsigned int)gpu->n_processes;
-    if (gpu->n_processes == 0) return SUCCESS;
+int nvmlDeviceGetP2PStatus(Gpu *a, Gpu *b, unsigned capability, unsigned *status) {
+    char key[16];
+    ANSWER_OR(a, b);
+    snprintf(key, sizeof key, "%u", capability);
+    return copy_number(get(about_pair(a, b, "p2p"), key), status);
+}
+
+/* ---- Processes ------------------------------------------------------------------------------------------------- */
+
+typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } Process;
+
+static int list_processes(const char *function, Gpu *gpu, const char *key, unsigned *count, Process *to) {
+    unsigned room = *count;
+    const Json *list;
+    int error;
+    read_machine(); /* a file that is not there, or not whole, right now leaves the last one */
+    error = trouble(function, gpu, NULL);
+    if (error) return error;
+    list = get(about(gpu), key);
+    *count = (unsigned)size_of(list);
+    if (*count == 0) return SUCCESS;
     if (room < *count) return INSUFFICIENT_SIZE;
-    for (unsigned int i = 0; i < *count; i++) {
-        memset(&processes[i], 0, sizeof processes[i]);
-        processes[i].pid = gpu->pid[i];
-        processes[i].used = gpu->used[i];
+    for (unsigned i = 0; i < *count; i++) {
+        const Json *bytes = get(item(list, i), "bytes");
+        to[i].pid = (unsigned)number_of(get(item(list, i), "pid"), 0);
+        to[i].used = is_number(bytes) ? (unsigned long long)bytes->number : NOT_AVAILABLE;
+        to[i].gpu_instance = to[i].compute_instance = ~0U;
     }
     return SUCCESS;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "compute", count, to);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v2(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "compute", count, to);
+}
+
+int nvmlDeviceGetMPSComputeRunningProcesses_v3(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "mps", count, to);
+}
+
+int nvmlDeviceGetMPSComputeRunningProcesses_v2(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "mps", count, to);
+}
+
+int nvmlDeviceGetGraphicsRunningProcesses_v3(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "graphics", count, to);
+}
+
+int nvmlDeviceGetGraphicsRunningProcesses_v2(Gpu *gpu, unsigned *count, Process *to) {
+    return list_processes(__func__, gpu, "graphics", count, to);
 }
