@@ -18,6 +18,7 @@
     ├── ServerError              command, exit code and the end of the server's log come along
     │   ├── ServerStartFailed
     │   ├── ServerStartTimeout
+    │   ├── DevicesBusy          others compute on the devices that it was to start on
     │   └── ServerExited         it was ready, and then went away
     └── MeasurementError         no samples, or requests that failed
 
@@ -138,6 +139,14 @@ class ServerStartFailed(ServerError):
 
 class ServerStartTimeout(ServerError):
     """The server was not ready in the time it was given."""
+
+
+class DevicesBusy(ServerError):
+    """Others compute on the devices of a server that was to be started. :param pids: their process ids."""
+
+    def __init__(self, message: str, *, pids: Sequence[int]) -> None:
+        self.pids = tuple(pids)
+        super().__init__(message)
 
 
 class ServerExited(ServerError):

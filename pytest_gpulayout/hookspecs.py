@@ -9,10 +9,11 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_gpulayout.layout import Layout
-    from pytest_gpulayout.ports import LoadDriver, ServerLauncher, TopologySource
+    from pytest_gpulayout.ports import GpuProcessSource, LoadDriver, ServerLauncher, TopologySource
     from pytest_gpulayout.settings import Settings
 
 __all__ = [
+    "pytest_gpulayout_gpu_processes",
     "pytest_gpulayout_load_driver",
     "pytest_gpulayout_server_launcher",
     "pytest_gpulayout_topology_source",
@@ -38,6 +39,17 @@ def pytest_gpulayout_server_launcher(settings: Settings, log_dir: Path) -> Serve
 
         def pytest_gpulayout_server_launcher(settings, log_dir):
             return KubernetesLauncher(namespace="ci", log_dir=log_dir)
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_gpu_processes(settings: Settings) -> GpuProcessSource | None:
+    """Return what lists the processes on the GPUs for the servers that vLLM's own launcher starts.
+
+    Example: a site whose containers may not ask NVML, but an agent on the host::
+
+        def pytest_gpulayout_gpu_processes(settings):
+            return AgentProcesses("http://127.0.0.1:9400")
     """
 
 

@@ -86,6 +86,7 @@ OPTIONS = (
     ),
     Option("results", "FILE.json", "write machine-readable results"),
     Option("start-timeout", "SECONDS", "how long a server may take to start (default: 900)", "900"),
+    Option("wait", "SECONDS", "how long to wait for other processes to leave the chosen GPUs (default: 0)", "0"),
 )
 
 OPTION = {option.name: option for option in OPTIONS}

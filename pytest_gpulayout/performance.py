@@ -16,6 +16,8 @@ from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.verdict import Verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_gpulayout.live import LiveLine
     from pytest_gpulayout.settings import Settings
     from pytest_gpulayout.tolerance import Tolerance
@@ -25,13 +27,24 @@ if TYPE_CHECKING:
 
 
 class Performance:
-    """The measuring side of a run: one load driver, the servers' owner, and the policy of the options."""
+    """The measuring side of a run: one load driver, the servers' owner, and the policy of the options.
 
-    def __init__(self, settings: Settings, wiring: Wiring, servers: ServerOwner, live: LiveLine) -> None:
+    :param after_load: called after each run of load; what it raises takes the place of the numbers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        wiring: Wiring,
+        servers: ServerOwner,
+        live: LiveLine,
+        after_load: Callable[[], None],
+    ) -> None:
         self._settings = settings
         self._wiring = wiring
         self._servers = servers
         self._live = live
+        self._after_load = after_load
         self._driver: LoadDriver | None = None
 
     def measure(
@@ -58,12 +71,14 @@ class Performance:
     def _load(self, server: Server, workload: Workload) -> RunTrace:
         self._driver = self._driver or self._wiring.driver()
         try:
-            return self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self._live.update)
+            run = self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self._live.update)
         except MeasurementError:
             self._servers.check()  # a dead server explains more than the requests that it left behind
             raise
         finally:
             self._live.clear()
+        self._after_load()
+        return run
 
     def judge(self, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> tuple[Verdict, Measurement]:
         """Judge a measurement; returns it with all its starts.

@@ -19,13 +19,14 @@ from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange,
 if TYPE_CHECKING:
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.measurement import Measurement
-    from pytest_gpulayout.ports import Server
+    from pytest_gpulayout.occupancy import OccupancyReport, RankOccupancy
+    from pytest_gpulayout.ports import Server, ServerSpec
     from pytest_gpulayout.transport import Finding, TransportReport, TransportViolation
 
 RESULTS_SCHEMA_VERSION = 1
 
 Record = dict[str, Any]
-"""One finding of one test as JSON; ``kind`` is ``server``, ``topology``, ``transport`` or ``performance``."""
+"""One finding of one test as JSON; its ``kind`` is one of those in ``results.schema.json``."""
 
 
 def plural(number: int, noun: str) -> str:
@@ -90,6 +91,21 @@ def transport_failure(
     lines += [f"  {line}" for finding in report.findings for line in finding_lines(finding)]
     lines.append(f"  layout {layout}")
     lines.append("  allow it: --gpu-transport=LIST; see more: NCCL_DEBUG=INFO, and /dev/shm of the container")
+    return "\n".join(lines)
+
+
+def processes_failure(spec: ServerSpec, report: OccupancyReport) -> str:
+    """Say which process is where it must not be, or of which rank nothing shows that it is where it must be."""
+    lines = ["each rank is required on its own GPU, on no other, and with nobody else beside it"]
+    lines += [f"  found: {violation}" for violation in report.violations]
+    lines += [f"  not proved: {sentence}" for sentence in report.not_proved]
+    lines += [f"  {remark}" for remark in report.remarks]
+    gpus = ", ".join(str(device.index) for device in spec.devices)
+    lines.append(f"  layout {spec.layout} on GPU {gpus}, by the driver's lists ({report.proved_by})")
+    lines.append(
+        "  look for yourself: nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory --format=csv; end processes "
+        "of others, or choose other GPUs: --gpu-devices=..."
+    )
     return "\n".join(lines)
 
 
@@ -186,6 +202,27 @@ def topology_record(placed: PlacedLayout) -> Record:
         "required": str(placed.requirement),
         "ok": not placed.violations,
     }
+
+
+def processes_record(layout: object, report: OccupancyReport) -> Record:
+    """On which GPUs the server's processes compute."""
+    return {
+        "kind": "processes",
+        "layout": str(layout),
+        "ok": report.ok,
+        "proved_by": report.proved_by,
+        "ranks": [_rank_document(rank) for rank in report.ranks],
+        "violations": [str(violation) for violation in report.violations],
+        "not_proved": list(report.not_proved),
+        "remarks": list(report.remarks),
+        "summary": report.summary(),
+    }
+
+
+def _rank_document(found: RankOccupancy) -> Record:
+    gpu = found.gpu
+    process = {"pid": found.pid, "memory_bytes": found.memory_bytes}
+    return {"rank": found.rank, "index": gpu.index, "uuid": gpu.uuid, **process}
 
 
 def transport_record(layout: object, report: TransportReport, violations: Sequence[TransportViolation]) -> Record:
@@ -288,6 +325,10 @@ def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[st
     lines = [f"{layout}: {', '.join(facts)}".rstrip()]
     if topology:
         lines += [f"  {sentence}" for sentence in (*topology["faults"], *topology["notes"])]
+    if processes := last.get("processes"):
+        lines.append(f"  processes: {processes['summary']}{_flag(processes)}")
+        lines += [f"    not proved: {sentence}" for sentence in processes["not_proved"]]
+        lines += [f"    {remark}" for remark in processes["remarks"]]
     for test, record in records:
         if record["kind"] == "performance":
             lines += _performance_table(test, record)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import requests
 
     from pytest_gpulayout.live import LiveLine
+    from pytest_gpulayout.occupancy import OccupancyReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,11 @@ class ServerView:
     def fingerprint(self) -> str:
         """``system_fingerprint`` of its first completion, which proves the layout."""
         return self.server.proof.fingerprint
+
+    @property
+    def gpu_processes(self) -> OccupancyReport | None:
+        """On which GPUs its processes compute now, with ``violations``; ``None`` on the CPU platform."""
+        return self.server.gpu_processes()
 
     @property
     def client(self) -> requests.Session:

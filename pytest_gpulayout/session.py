@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_gpulayout.collection import deselect_others, parametrize, server_group, sort_by_server
-from pytest_gpulayout.errors import BaselineError, GpuLayoutError, LinkError, ServerError, TopologyError
+from pytest_gpulayout.errors import (
+    BaselineError,
+    EvidenceError,
+    GpuLayoutError,
+    LinkError,
+    ServerError,
+    TopologyError,
+)
 from pytest_gpulayout.gate import PlacedLayout, place_layout, require_launchable
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import parse_requirement
@@ -30,6 +37,8 @@ from pytest_gpulayout.report import (
     Record,
     devices_text,
     performance_record,
+    processes_failure,
+    processes_record,
     results_document,
     server_record,
     summary_lines,
@@ -67,12 +76,14 @@ class GpuSession:
         self._wiring = Wiring(config, settings)
         self.live = LiveLine(config)
         self.servers = ServerOwner(self._wiring.launcher, self.live)
-        self.performance = Performance(settings, self._wiring, self.servers, self.live)
+        self.performance = Performance(settings, self._wiring, self.servers, self.live, self._follow_load)
         self._records: list[tuple[str, Record]] = []
         self._placed: dict[tuple[Layout, LinkRequirement], PlacedLayout] = {}
+        self._topologies: dict[Layout, Topology] = {}
         self._machine: Topology | None = None
         self._told: dict[str, str] = {}
         self._group: str | None = None
+        self._item: pytest.Item | None = None
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -112,6 +123,7 @@ class GpuSession:
 
     def _messages_alone(self, item: pytest.Item) -> Generator[None, None, None]:
         """Show an error without traceback, since its text is complete; what was told before is only referred to."""
+        self._item = item
         try:
             yield
         except GpuLayoutError as error:
@@ -226,13 +238,19 @@ class GpuSession:
         """Choose the devices of a layout; the same answer for the whole run."""
         key = (layout, requirement)
         if key not in self._placed:
-            topology = self._wiring.topology_source(layout).probe()
+            topology = self._topology(layout)
             try:
                 self._placed[key] = place_layout(topology, layout, self.settings.devices, requirement)
             except TopologyError as error:  # too few devices for what was asked for
                 raise GateBreached(str(error)) from error
             self.record(item, topology_record(self._placed[key]))
         return self._placed[key]
+
+    def _topology(self, layout: Layout) -> Topology:
+        """What there was before a server of the layout ran: later its own GPUs are busy with it."""
+        if layout not in self._topologies:
+            self._topologies[layout] = self._wiring.topology_source(layout).probe()
+        return self._topologies[layout]
 
     def record(self, item: pytest.Item, record: Record) -> None:
         """Keep a finding for the summary and the results."""
@@ -257,7 +275,32 @@ class GpuSession:
         server = self.servers.get(self._spec(placed, model, arguments))
         if server is not known:
             self.record(item, server_record(server))
+        self.check_processes(item, server, is_new=server is not known)
         return server
+
+    def check_processes(self, item: pytest.Item, server: Server, *, is_new: bool = False) -> None:
+        """Fail the test when a rank is not on its GPU, or somebody is where nobody should be.
+
+        :param is_new: record what was found even when nothing is wrong.
+        """
+        if server.spec.platform == "cpu":
+            return
+        report = server.gpu_processes()
+        if report is None:
+            raise EvidenceError(
+                "evidence of the GPUs that the server's processes use was required, found none\n"
+                f"  from the launcher of layout {server.spec.layout}: {type(server).__name__}.gpu_processes()\n"
+                "  let it judge what a GpuProcessSource lists: pytest_gpulayout.occupancy.judge_occupancy(...)"
+            )
+        if is_new or report.violations:
+            self.record(item, processes_record(server.spec.layout, report))
+        if report.violations:
+            raise GateBreached(processes_failure(server.spec, report))
+
+    def _follow_load(self) -> None:
+        """After each run of load: numbers count for nothing when somebody else computed on the GPUs meanwhile."""
+        if self._item is not None and self.servers.current is not None:
+            self.check_processes(self._item, self.servers.current)
 
     def _spec(self, placed: PlacedLayout, model: ModelSpec, arguments: tuple[str, ...]) -> ServerSpec:
         return ServerSpec(

@@ -83,6 +83,7 @@ class Settings:
     inconclusive: Literal["warn", "fail"]
     results_file: Path | None
     start_timeout_s: float
+    wait_s: float
 
 
 def settings_from_config(config: pytest.Config) -> Settings:
@@ -116,6 +117,7 @@ def settings_from_config(config: pytest.Config) -> Settings:
         inconclusive=cast("Literal['warn', 'fail']", read("inconclusive", _choice("inconclusive"))),
         results_file=config.invocation_params.dir / results if results else None,
         start_timeout_s=read("start-timeout", _positive()),
+        wait_s=read("wait", _positive(or_zero=True)),
     )
 
 
@@ -139,15 +141,15 @@ def _choice(name: str) -> Callable[[str], str]:
     return parse
 
 
-def _positive(*, whole: bool = False) -> Callable[[str], float]:
+def _positive(*, whole: bool = False, or_zero: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
         kind = "a whole number" if whole else "a number"
         try:
             value = float(int(text)) if whole else float(text)
         except ValueError:
-            value = 0.0
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{kind} above 0 was expected, found {text!r}")
+            value = math.nan
+        if not (math.isfinite(value) and (value > 0 or (or_zero and value == 0))):
+            raise ValueError(f"{kind} {'not below 0' if or_zero else 'above 0'} was expected, found {text!r}")
         return value
 
     return parse

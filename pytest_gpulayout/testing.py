@@ -29,12 +29,28 @@ from pathlib import Path
 from pytest_gpulayout.errors import MeasurementError, ServerExited, TopologyError
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import parse_link_class
+from pytest_gpulayout.occupancy import (
+    GpuProcess,
+    GpuUse,
+    Occupancy,
+    OccupancyReport,
+    await_idle_devices,
+    judge_occupancy,
+)
 from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
 from pytest_gpulayout.topology import Device, Topology
 from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 
-__all__ = ["FakeLoadDriver", "FakeServer", "FakeServerLauncher", "FakeTopologySource", "InMemoryBaselines"]
+__all__ = [
+    "FakeGpuProcess",
+    "FakeGpuProcesses",
+    "FakeLoadDriver",
+    "FakeServer",
+    "FakeServerLauncher",
+    "FakeTopologySource",
+    "InMemoryBaselines",
+]
 
 _GIB = 2**30
 _NS_PER_MS = 1_000_000
@@ -94,11 +110,109 @@ class FakeTopologySource:
         return Device(
             index,
             name=self.name,
-            uuid=f"GPU-00000000-0000-0000-0000-{index:012x}",
+            uuid=_uuid(index),
             pci_bus_id=f"00000000:{index + 1:02X}:00.0",
             numa_node=self.numa_nodes[index] if index < len(self.numa_nodes) else 0,
             memory_bytes=self.memory_gib * _GIB,
         )
+
+
+def _uuid(index: int) -> str:
+    return f"GPU-00000000-0000-0000-0000-{index:012x}"
+
+
+@dataclass(frozen=True, slots=True)
+class FakeGpuProcess:
+    """Somebody else's process on a GPU.
+
+    :param gpu: index. :param name: what is shown for its id. :param leaves_after_s: on the clock of the lists.
+    """
+
+    gpu: int
+    pid: int = 4242
+    memory_bytes: int | None = 8 * _GIB
+    name: str = "python train.py (user bob)"
+    leaves_after_s: float | None = None
+
+
+class FakeGpuProcesses:
+    """The process lists of a driver, and a clock that moves only when somebody waits.
+
+    ``FakeGpuProcesses(contexts={0: (0, 3)})``: rank 0 of every server has a context on GPU 3, too.
+
+    :param others: processes that are not of the server; the list may be changed at any time.
+    :param contexts: indices of the GPUs that a process of the server has contexts on, by rank or by title; a rank
+        has one on its own GPU, and ``VLLM::EngineCore`` none, unless it is said here.
+    :param hidden: as in a container, process ids are those of the host.
+    :param listed: whether the driver lists processes at all; under WSL2 it does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        gpus: int = 8,
+        others: Sequence[FakeGpuProcess] = (),
+        contexts: Mapping[int | str, Sequence[int]] | None = None,
+        hidden: bool = False,
+        listed: bool = True,
+    ) -> None:
+        self.others = list(others)
+        self.now_s = 0.0
+        self._uuids = {index: _uuid(index) for index in range(gpus)}
+        self._contexts = {} if contexts is None else contexts
+        self._hidden = hidden
+        self._listed = listed
+        self._servers: list[FakeServer] = []
+
+    def clock(self) -> float:
+        """Return the time in seconds."""
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, at once."""
+        self.now_s += seconds
+
+    def know(self, devices: Sequence[Device]) -> None:
+        """Let these GPUs be there, whatever topology names them."""
+        self._uuids |= {device.index: device.uuid or _uuid(device.index) for device in devices}
+
+    def add(self, server: FakeServer) -> None:
+        """Let a server's processes be there."""
+        self._servers.append(server)
+
+    def remove(self, server: FakeServer) -> None:
+        """Let them be gone."""
+        self._servers.remove(server)
+
+    def describe(self, pid: int) -> str:
+        """Return the name of somebody else's process."""
+        return next((other.name for other in self.others if other.pid == pid), "")
+
+    def snapshot(self) -> Occupancy:
+        """Return who is where now."""
+        processes = [*self._of_others(), *(process for server in self._servers for process in self._of(server))]
+        used = dict.fromkeys(self._uuids.values(), 0)
+        for process in processes:
+            used[process.uuid] += process.memory_bytes or 0
+        return Occupancy(
+            gpus=tuple(GpuUse(i, uuid, used[uuid], self._listed) for i, uuid in sorted(self._uuids.items())),
+            processes=tuple(processes) if self._listed else (),
+        )
+
+    def _of_others(self) -> Iterator[GpuProcess]:
+        for other in self.others:
+            if other.leaves_after_s is None or self.now_s < other.leaves_after_s:
+                yield GpuProcess(self._uuids[other.gpu], other.pid, other.memory_bytes)
+
+    def _of(self, server: FakeServer) -> Iterator[GpuProcess]:
+        offset = _FIRST_PID if self._hidden else 0
+        contexts: dict[int | str, Sequence[int]] = {
+            rank: (device.index,) for rank, device in enumerate(server.spec.devices)
+        }
+        for who, indices in (contexts | dict(self._contexts)).items():
+            pid = server.pid_of(who)
+            if pid is not None:
+                yield from (GpuProcess(self._uuids[i], pid + offset, 16 * _GIB) for i in indices)
 
 
 class FakeServer:
@@ -106,11 +220,18 @@ class FakeServer:
 
     :param folder: an existing folder for its log, and for NCCL's logs.
     :param transport: see :class:`FakeServerLauncher`.
+    :param processes: where its processes are; by default each rank on its GPU.
     :param on_stop: called once, when it is stopped.
     """
 
     def __init__(
-        self, spec: ServerSpec, folder: Path, *, transport: str | None, on_stop: Callable[[], None] = lambda: None
+        self,
+        spec: ServerSpec,
+        folder: Path,
+        *,
+        transport: str | None,
+        processes: FakeGpuProcesses | None = None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         ranks = range(spec.layout.ranks)
         name = f"-{spec.layout}" if spec.layout.ranks > 1 else ""
@@ -124,6 +245,10 @@ class FakeServer:
         self._on_stop = on_stop
         self._stopped = False
         self._cause: str | None = None
+        self.processes = processes or FakeGpuProcesses()
+        self.processes.know(spec.devices)
+        self._before = self.processes.snapshot()
+        self.processes.add(self)
         self._write_logs()
 
     def nccl_logs(self) -> Sequence[Path]:
@@ -138,6 +263,33 @@ class FakeServer:
         group = "-".join(map(str, ranks))
         segments = [f"/dev/shm/vllm_dist_fake-tp:0-[{group}]-cpushm_{member}" for member in ranks]
         return dict.fromkeys(ranks, segments)
+
+    def pids(self) -> Mapping[int, str]:
+        """Return its processes, process id -> title; with one rank the engine core computes itself."""
+        ranks = self.proof.rank_pids
+        engine = {_FIRST_PID + len(ranks): "VLLM::EngineCore"}
+        if len(ranks) == 1:
+            return dict.fromkeys(ranks.values(), "VLLM::EngineCore")
+        return {pid: f"VLLM::Worker_TP{rank}" for rank, pid in ranks.items()} | engine
+
+    def pid_of(self, who: int | str) -> int | None:
+        """Return the process id of a rank, or of the process with this title."""
+        if isinstance(who, int):
+            return self.proof.rank_pids.get(who)
+        return next((pid for pid, title in self.pids().items() if title == who), None)
+
+    def gpu_processes(self) -> OccupancyReport | None:
+        """Return on which GPUs its processes are; ``None`` on the CPU platform."""
+        if self.spec.platform == "cpu":
+            return None
+        return judge_occupancy(
+            self._before,
+            self.processes.snapshot(),
+            self.spec.devices,
+            self.proof.rank_pids,
+            self.pids(),
+            self.processes.describe,
+        )
 
     def check_alive(self) -> None:
         """Do nothing until :meth:`die` was called.
@@ -159,6 +311,7 @@ class FakeServer:
         """End; may be called again."""
         if not self._stopped:
             self._stopped = True
+            self.processes.remove(self)
             self._on_stop()
 
     def _write_logs(self) -> None:
@@ -212,6 +365,8 @@ class FakeServerLauncher:
     :param log_dir: an existing folder.
     :param transport: what follows ``via`` in NCCL's log, such as ``"P2P/CUMEM"`` or ``"NET/Socket/0"``; ``None``
         leaves no evidence. On the CPU platform ``"CPU/GLOO"`` is the slow one, everything else is shared memory.
+    :param processes: who is on which GPU; by default each rank on its own, and nobody else.
+    :param wait_s: how long a start waits for others to leave, on the clock of ``processes``.
     :param failures: what a start raises, by its number, from 1; ``KeyboardInterrupt()`` is Ctrl-C while it loads.
     :param on_event: called with ``"start"`` or ``"stop"`` and the server's spec.
     """
@@ -221,11 +376,15 @@ class FakeServerLauncher:
         log_dir: Path,
         *,
         transport: str | None = "P2P/CUMEM",
+        processes: FakeGpuProcesses | None = None,
+        wait_s: float = 0.0,
         failures: Mapping[int, BaseException] | None = None,
         on_event: Callable[[str, ServerSpec], None] | None = None,
     ) -> None:
         self._log_dir = log_dir
         self._transport = transport
+        self._processes = processes or FakeGpuProcesses()
+        self._wait_s = wait_s
         self._failures = failures or {}
         self._on_event = on_event
         self.launched: list[ServerSpec] = []
@@ -236,17 +395,42 @@ class FakeServerLauncher:
         """What was stopped, in order."""
 
     def launch(self, spec: ServerSpec, progress: Progress) -> FakeServer:
-        """Return a server at once, or raise what was scripted for this start."""
+        """Return a server at once, or raise what was scripted for this start.
+
+        :raises DevicesBusy: somebody else is on its GPUs, and stays.
+        """
         self.launched.append(spec)
         number = len(self.launched)
+        if number not in self._failures:
+            self._await_idle(spec, progress)
         progress(f"{spec.layout}: vLLM is loading")
         if number in self._failures:
             raise self._failures[number]
         self._tell("start", spec)
         folder = self._log_dir / f"server-{number}-{spec.layout}"
-        server = FakeServer(spec, folder, transport=self._transport, on_stop=lambda: self._stop(spec))
+        server = FakeServer(
+            spec,
+            folder,
+            transport=self._transport,
+            processes=self._processes,
+            on_stop=lambda: self._stop(spec),
+        )
         self.servers.append(server)
         return server
+
+    def _await_idle(self, spec: ServerSpec, progress: Progress) -> None:
+        if spec.platform == "cpu":
+            return
+        self._processes.know(spec.devices)
+        await_idle_devices(
+            self._processes,
+            spec.layout,
+            spec.devices,
+            wait_s=self._wait_s,
+            clock=self._processes.clock,
+            sleep=self._processes.sleep,
+            progress=progress,
+        )
 
     def _stop(self, spec: ServerSpec) -> None:
         self.stopped.append(spec)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_gpulayout.layout import Layout
-    from pytest_gpulayout.ports import BaselineStore, LoadDriver, ServerLauncher, TopologySource
+    from pytest_gpulayout.ports import BaselineStore, GpuProcessSource, LoadDriver, ServerLauncher, TopologySource
     from pytest_gpulayout.settings import Settings
 
 
@@ -55,7 +55,18 @@ class Wiring:
             return launcher
         from pytest_gpulayout.adapters.vllm_process import VllmLauncher
 
-        return VllmLauncher(log_dir)
+        return VllmLauncher(log_dir, self.gpu_processes(), wait_s=self._settings.wait_s)
+
+    def gpu_processes(self) -> GpuProcessSource | None:
+        """What lists the processes on the GPUs, also where the topology is a recorded one; nothing without GPUs."""
+        if self._settings.platform == "cpu":
+            return None
+        source: GpuProcessSource | None = self._hook.pytest_gpulayout_gpu_processes(settings=self._settings)
+        if source is not None:
+            return source
+        from pytest_gpulayout.adapters.nvml_processes import NvmlProcesses
+
+        return NvmlProcesses()
 
     def driver(self) -> LoadDriver:
         """What sends the load."""

@@ -20,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,8 @@ from pytest_gpulayout.adapters.numa_binding import Binding, bind_server
 from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.fingerprint import parse_fingerprint
 from pytest_gpulayout.layout import Layout
-from pytest_gpulayout.ports import Endpoint, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.occupancy import Occupancy, OccupancyReport, await_idle_devices, judge_occupancy
+from pytest_gpulayout.ports import Endpoint, GpuProcessSource, Progress, ServerProof, ServerSpec
 from pytest_gpulayout.vllm_log import error_cause
 
 TERM_TIMEOUT_S = 20.0
@@ -64,16 +66,31 @@ class VllmLauncher:
     """Launches servers on this machine.
 
     :param log_dir: an existing folder; every server gets its own folder for its logs there.
+    :param processes: lists who computes on the GPUs; without it nothing is known of that.
+    :param wait_s: how long to wait for others to leave the devices. :param clock: in seconds, monotonic.
     """
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(
+        self,
+        log_dir: Path,
+        processes: GpuProcessSource | None = None,
+        *,
+        wait_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._log_dir = log_dir
+        self._processes = processes
+        self._wait_s = wait_s
+        self._clock = clock
+        self._sleep = sleep
         self._started = 0
 
     def launch(self, spec: ServerSpec, progress: Progress) -> VllmServer:
         """Start a server and wait until it has proved its layout.
 
         :raises ServerStartFailed: it ended, or proved to be something else. :raises ServerStartTimeout: too slow.
+        :raises DevicesBusy: others compute on its devices.
         """
         binding = bind_server(spec, has_flag=require_vllm(spec.python))
         self._started += 1
@@ -82,12 +99,36 @@ class VllmLauncher:
         with ExitStack() as undo:
             locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
             undo.callback(locks.release)
-            server = VllmServer(spec, log_dir, locks, binding)
+            watch = self._await_idle(spec, progress)
+            server = VllmServer(spec, log_dir, locks, binding, watch)
             undo.pop_all()  # the server frees them when it has ended
             undo.callback(server.stop)
             server.start(progress)
             undo.pop_all()
         return server
+
+    def _await_idle(self, spec: ServerSpec, progress: Progress) -> _GpuWatch | None:
+        """Wait until nobody else computes on the GPUs; the locks keep out only those who take them, too."""
+        if self._processes is None or spec.platform == "cpu":
+            return None
+        before = await_idle_devices(
+            self._processes,
+            spec.layout,
+            spec.devices,
+            wait_s=self._wait_s,
+            clock=self._clock,
+            sleep=self._sleep,
+            progress=progress,
+        )
+        return _GpuWatch(self._processes, before)
+
+
+@dataclass(frozen=True, slots=True)
+class _GpuWatch:
+    """:param before: who was on the GPUs before the server started."""
+
+    source: GpuProcessSource
+    before: Occupancy
 
 
 class VllmServer:
@@ -96,8 +137,16 @@ class VllmServer:
     :ivar binding: the CPUs and NUMA nodes that it is bound to, or why not, in words.
     """
 
-    def __init__(self, spec: ServerSpec, log_dir: Path, locks: DeviceLocks, binding: Binding) -> None:
+    def __init__(
+        self,
+        spec: ServerSpec,
+        log_dir: Path,
+        locks: DeviceLocks,
+        binding: Binding,
+        watch: _GpuWatch | None = None,
+    ) -> None:
         self.spec = spec
+        self._watch = watch
         self.binding = binding.words
         self._cpus = sorted(binding.cpus or ())
         self.log = log_dir / "server.log"
@@ -181,6 +230,17 @@ class VllmServer:
     def pids(self) -> Mapping[int, str]:
         """Return the server's processes now, pid -> title."""
         return {process.pid: _title(process) for process in self._processes()}
+
+    def gpu_processes(self) -> OccupancyReport | None:
+        """Return on which GPUs its processes compute now; ``None`` where nobody was asked before the start."""
+        if self._watch is None:
+            return None
+        source, earlier = self._watch.source, self.pids()
+        now = source.snapshot()
+        pids = {**earlier, **self.pids()}  # what has ended or begun meanwhile is the server's as well
+        titles = {pid: title.partition(" --")[0] for pid, title in pids.items()}
+        ranks = self.proof.rank_pids
+        return judge_occupancy(self._watch.before, now, self.spec.devices, ranks, titles, source.describe)
 
     # -- getting ready ---------------------------------------------------------------------------------------------
 

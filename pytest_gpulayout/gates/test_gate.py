@@ -17,9 +17,11 @@ def test_links(gpu_topology: PlacedLayout) -> None:
 
 
 def test_layout(vllm_server: ServerView) -> None:
-    """A server comes up, answers, and proves that it runs the layout."""
+    """A server comes up, answers, and proves that it runs the layout, on its GPUs and on no others."""
     assert vllm_server.fingerprint
     assert vllm_server.pids
+    processes = vllm_server.gpu_processes
+    assert processes is None or not processes.violations
 
 
 def test_transport(transport_report: TransportReport) -> None:

@@ -29,6 +29,7 @@ INI_VALUES = {
     "inconclusive": ("fail", "inconclusive='fail'*"),
     "results": ("out/results.json", "results_file=PosixPath('/*/out/results.json')*"),
     "start-timeout": ("30", "start_timeout_s=30.0*"),
+    "wait": ("600", "wait_s=600.0)*"),
 }
 
 
@@ -73,6 +74,8 @@ def test_option_beats_ini_key(suite: Suite) -> None:
         ("budget", "-1", "a number above 0 was expected, found '-1'"),
         ("budget", "inf", "a number above 0 was expected, found 'inf'"),
         ("start-timeout", "soon", "a number above 0 was expected, found 'soon'"),
+        ("wait", "-1", "a number not below 0 was expected, found '-1'"),
+        ("wait", "long", "a number not below 0 was expected, found 'long'"),
         ("vllm-args", "--port 80", "--port is set by pytest-gpulayout; use nothing: a free port is chosen"),
         ("vllm-args", "--max-model-len '2", "No closing quotation"),
         ("model", "/nowhere/at-all", "a model folder was required, found nothing"),

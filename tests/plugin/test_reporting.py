@@ -74,7 +74,8 @@ def test_results_follow_their_schema(suite: Suite, arguments: tuple[str, ...]) -
     assert validate(document, "results") == []
     kinds = sorted((record["kind"], record["layout"]) for record in document["records"])
     assert kinds == [
-        *[("performance", "tp1"), ("performance", "tp2"), ("server", "tp1"), ("server", "tp2")],
+        *[("performance", "tp1"), ("performance", "tp2"), ("processes", "tp1"), ("processes", "tp2")],
+        *[("server", "tp1"), ("server", "tp2")],
         *[("topology", "tp1"), ("topology", "tp2"), ("transport", "tp1"), ("transport", "tp2")],
     ]
     tests = {record["test"] for record in document["records"]}
@@ -91,7 +92,13 @@ def test_results_of_failing_tests(suite: Suite) -> None:
     document = suite.read_results()
     assert validate(document, "results") == []
     found = {record["kind"]: record.get("ok", record.get("verdict")) for record in document["records"]}
-    assert found == {"topology": True, "server": None, "transport": False, "performance": "invalid"}
+    assert found == {
+        "topology": True,
+        "server": None,
+        "processes": True,
+        "transport": False,
+        "performance": "invalid",
+    }
 
 
 def test_results_of_a_regression_hold_the_numbers(suite: Suite) -> None:

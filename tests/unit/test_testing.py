@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
 from pytest_gpulayout.ports import (
     BaselineStore,
     Endpoint,
+    GpuProcessSource,
     LoadDriver,
     Platform,
     Server,
@@ -20,12 +22,15 @@ from pytest_gpulayout.ports import (
     TopologySource,
 )
 from pytest_gpulayout.testing import (
+    FakeGpuProcess,
+    FakeGpuProcesses,
     FakeLoadDriver,
     FakeServer,
     FakeServerLauncher,
     FakeTopologySource,
     InMemoryBaselines,
 )
+from pytest_gpulayout.topology import Device
 from pytest_gpulayout.trace import RunTrace
 from pytest_gpulayout.transport import judge_cpu, judge_nccl
 from pytest_gpulayout.vllm_log import parse_vllm_log
@@ -58,8 +63,9 @@ def test_every_fake_is_what_its_port_asks_for(tmp_path: Path) -> None:
     server: Server = launcher.launch(spec(), silent)
     driver: LoadDriver = FakeLoadDriver()
     store: BaselineStore = InMemoryBaselines()
+    processes: GpuProcessSource = FakeGpuProcesses()
 
-    assert all((source, server, driver, store))
+    assert all((source, server, driver, store, processes))
 
 
 # -- topology ----------------------------------------------------------------------------------------------------
@@ -159,6 +165,34 @@ def test_server_that_died_says_why(tmp_path: Path) -> None:
     with pytest.raises(ServerExited, match="cause: CUDA out of memory") as caught:
         server.check_alive()
     assert caught.value.exit_code == 1
+
+
+def test_ranks_are_on_their_gpus_until_the_server_stops(tmp_path: Path) -> None:
+    processes = FakeGpuProcesses(gpus=2, others=[FakeGpuProcess(1, 5, leaves_after_s=1)])
+    launcher = FakeServerLauncher(tmp_path, processes=processes)
+
+    server = launcher.launch(spec(), silent)
+
+    report = server.gpu_processes()
+    assert processes.now_s == 1
+    assert report is not None
+    assert (report.ok, report.proved_by) == (True, "process list")
+    assert [gpu.used_bytes for gpu in processes.snapshot().gpus] == [2**34, 2**34]
+    server.stop()
+    assert processes.snapshot().processes == ()
+
+
+def test_process_lists_know_the_gpus_of_any_topology(tmp_path: Path) -> None:
+    devices = (Device(4, uuid="GPU-recorded"), Device(5))
+
+    server = FakeServerLauncher(tmp_path).launch(replace(spec(), devices=devices), silent)
+
+    report = server.gpu_processes()
+    assert report is not None
+    assert [(rank.gpu.index, rank.gpu.uuid[:12]) for rank in report.ranks] == [
+        (4, "GPU-recorded"),
+        (5, "GPU-00000000"),
+    ]
 
 
 # -- load --------------------------------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from pytest_gpulayout.adapters.vllm_process import (
     require_vllm,
     server_environment,
 )
-from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
+from pytest_gpulayout.errors import DevicesBusy, ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.layout import parse_layout
-from pytest_gpulayout.ports import Endpoint, Platform
+from pytest_gpulayout.occupancy import GpuProcess, GpuUse, Occupancy
+from pytest_gpulayout.ports import Endpoint, Platform, ServerSpec
 from tests.support.processes import (
     command_line,
     processes_marked,
@@ -387,6 +388,75 @@ def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return str(path)
+
+
+# -- the GPUs of a server --------------------------------------------------------------------------------------------
+
+
+class Lists:
+    """Process lists of three GPUs. :param on: process ids by GPU; may be changed at any time."""
+
+    def __init__(self, spec: ServerSpec, on: dict[int, list[int]]) -> None:
+        first, second = (device.uuid or "" for device in spec.devices)
+        self.gpus = (GpuUse(0, first), GpuUse(1, second), GpuUse(2, "GPU-third"))
+        self.on = on
+
+    def snapshot(self) -> Occupancy:
+        found = [GpuProcess(self.gpus[gpu].uuid, pid, 2**30) for gpu, pids in self.on.items() for pid in pids]
+        return Occupancy(self.gpus, tuple(found))
+
+    def describe(self, pid: int) -> str:
+        return f"program {pid}"
+
+
+@pytest.fixture
+def on_gpus(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> ServerSpec:
+    """A server on two GPUs that no other test locks, started from the fake vLLM."""
+    use_fake_vllm(monkeypatch)
+    return server_spec("tp2", platform="cuda", uuid=temporary.name)
+
+
+def test_processes_of_a_server_are_told_from_others(on_gpus: ServerSpec, tmp_path: Path) -> None:
+    lists = Lists(on_gpus, {2: [7]})
+    server = VllmLauncher(tmp_path, lists).launch(on_gpus, lambda _: None)
+    try:
+        ranks = server.proof.rank_pids
+        front_end = next(pid for pid, title in server.pids().items() if "api_server" in title)
+        lists.on = {0: [ranks[0]], 1: [ranks[1]], 2: [7]}
+        right = server.gpu_processes()
+        lists.on = {0: [ranks[0]], 1: [ranks[1], 8], 2: [7, front_end]}
+        wrong = server.gpu_processes()
+    finally:
+        server.stop()
+    assert right is not None
+    assert wrong is not None
+    assert (right.ok, right.proved_by) == (True, "process list")
+    assert list(map(str, wrong.violations)) == [
+        f"pid {front_end} {sys.executable} -m vllm.entrypoints.openai.api_server holds a context on "
+        "GPU 2 (GPU-third) outside the layout, 1.0 GiB",
+        f"pid 8 program 8 is not of the server and computes on GPU 1 ({on_gpus.devices[1].uuid}), 1.0 GiB",
+    ]
+
+
+def test_nothing_starts_beside_others_and_nothing_is_left_locked(on_gpus: ServerSpec, tmp_path: Path) -> None:
+    now_s = [0.0]
+    launcher = VllmLauncher(
+        tmp_path,
+        Lists(on_gpus, {1: [7]}),
+        wait_s=20,
+        clock=lambda: now_s[0],
+        sleep=lambda seconds: now_s.append(now_s.pop() + seconds),
+    )
+    lines: list[str] = []
+    with pytest.raises(DevicesBusy, match=rf"GPU 1 \({on_gpus.devices[1].uuid}\): pid 7 program 7, 1.0 GiB"):
+        launcher.launch(on_gpus, lines.append)
+    assert now_s == [20]
+    assert lines[-1] == "tp2: waiting for pid 7 program 7 to leave the GPUs, 20 of 20 s"
+    assert not log_of(tmp_path).exists()
+
+
+def test_cpu_platform_asks_nobody_about_gpus(launch: Launch) -> None:
+    assert launch("tp1").gpu_processes() is None
 
 
 # -- a server that goes away -----------------------------------------------------------------------------------------
