@@ -49,6 +49,7 @@ from pytest_gpulayout.report import (
 )
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_marker
+from pytest_gpulayout.topology import why_unusable
 from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.wiring import Wiring
@@ -395,11 +396,13 @@ class GpuSession:
             return str(error).partition("\n")[0]
         if topology.platform == "cpu":
             return f"{cpu_summary()} (vLLM's CPU build)"
-        names = ", ".join(dict.fromkeys(device.name or "unknown GPU" for device in topology.devices))
+        usable = topology.usable
+        names = ", ".join(dict.fromkeys(device.name or "unknown GPU" for device in usable)) or "usable GPU"
         pairs = list(topology.links)
         worst = topology.worst(pairs) if pairs else None
         source = f"recorded in {topology.source}" if topology.recorded else f"driver {topology.driver_version}"
-        return f"{len(topology.devices)} x {names}, worst link {worst or 'none'}, {source}"
+        others = [f"GPU {d.index} not usable ({why_unusable(d)})" for d in topology.devices if not d.is_usable]
+        return ", ".join([f"{len(usable)} x {names}", f"worst link {worst or 'none'}", source, *others])
 
     def _write_results(self, path: Path) -> None:
         from importlib.metadata import version

@@ -105,7 +105,7 @@ class _Machine:
         return Topology(
             devices=devices,
             links=paths.links,
-            source="NVML",
+            source="NVML" if visible is None else f"NVML, {VISIBLE_DEVICES_VARIABLE}={visible}",
             recorded=False,
             driver_version=driver_version,
             cuda_version=_cuda_version(self.inquiry),

@@ -1,15 +1,19 @@
 /* A small libnvidia-ml.so.1 for tests: the functions that the real pynvml calls for a topology and for process lists,
  * answered from the JSON file that FAKE_NVML_CONFIG names; tests/native/README.md describes the file. It is read again
  * at each nvmlInit, and by the process functions at each call. Numbers and structures are those of NVIDIA's nvml.h
- * (CUDA 13). Without the variable there is "no driver". */
+ * (CUDA 13). Without the variable there is "no driver". Processes may also be real ones: see FAKE_NVML_CONTEXTS. */
 
+#include <dirent.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9,
        FUNCTION_NOT_FOUND = 13, GPU_IS_LOST = 15, VERSION_MISMATCH = 25, UNKNOWN = 999 };
-enum { MAX_GPUS = 72, MAX_LINKS = 36, MAX_DEPTH = 64 };
+enum { MAX_GPUS = 72, MAX_LINKS = 36, MAX_DEPTH = 64, MAX_PROCESSES = 256 };
 enum { TYPE_GPU = 0, TYPE_SWITCH = 2, TYPE_UNKNOWN = 255, UNSIGNED_INT = 1 };
 enum { FIELD_SPEED_L0 = 84, FIELD_SPEED_L6 = 132, FIELD_SWITCH_LINKS = 147, FIELD_SPEED = 164 };
 static const unsigned long long NOT_AVAILABLE = ~0ULL; /* NVML_VALUE_NOT_AVAILABLE */
@@ -627,23 +631,65 @@ int nvmlDeviceGetP2PStatus(Gpu *a, Gpu *b, unsigned capability, unsigned *status
 
 typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, compute_instance; } Process;
 
+static void add_process(Process *all, unsigned *count, unsigned pid, const Json *bytes) {
+    if (*count == MAX_PROCESSES) abort();
+    all[*count].pid = pid;
+    all[*count].used = is_number(bytes) ? (unsigned long long)bytes->number : NOT_AVAILABLE;
+    all[*count].gpu_instance = all[*count].compute_instance = ~0U;
+    ++*count;
+}
+
+/* The contexts of a process that lives. It holds a lock on its file, which the kernel frees with the process as a
+ * driver frees its contexts: a file that can be locked is that of a process that has ended. */
+static Json *read_contexts(const char *path) {
+    int file = open(path, O_RDONLY | O_CLOEXEC), has_ended;
+    char *text;
+    Json *json;
+    if (file < 0) return NULL;
+    has_ended = flock(file, LOCK_SH | LOCK_NB) == 0;
+    close(file);
+    text = has_ended ? NULL : read_file(path);
+    json = text ? read_json(text) : NULL;
+    free(text);
+    return json;
+}
+
+/* Real processes: FAKE_NVML_CONTEXTS names a folder with a file PID.json for each. */
+static void add_contexts(const char *uuid, Process *all, unsigned *count) {
+    const char *folder = getenv("FAKE_NVML_CONTEXTS");
+    DIR *entries = folder && uuid ? opendir(folder) : NULL;
+    const struct dirent *entry;
+    if (!entries) return;
+    while ((entry = readdir(entries))) {
+        char path[4096];
+        const char *end = strrchr(entry->d_name, '.');
+        Json *json;
+        if (!end || strcmp(end, ".json")) continue;
+        snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
+        json = read_contexts(path);
+        if (get(get(json, "gpus"), uuid))
+            add_process(all, count, (unsigned)strtoul(entry->d_name, NULL, 10), get(get(json, "gpus"), uuid));
+        free_json(json);
+    }
+    closedir(entries);
+}
+
 static int list_processes(const char *function, Gpu *gpu, const char *key, unsigned *count, Process *to) {
-    unsigned room = *count;
+    Process all[MAX_PROCESSES];
+    unsigned room = *count, found = 0;
     const Json *list;
     int error;
     read_machine(); /* a file that is not there, or not whole, right now leaves the last one */
     error = trouble(function, gpu, NULL);
     if (error) return error;
     list = get(about(gpu), key);
-    *count = (unsigned)size_of(list);
-    if (*count == 0) return SUCCESS;
-    if (room < *count) return INSUFFICIENT_SIZE;
-    for (unsigned i = 0; i < *count; i++) {
-        const Json *bytes = get(item(list, i), "bytes");
-        to[i].pid = (unsigned)number_of(get(item(list, i), "pid"), 0);
-        to[i].used = is_number(bytes) ? (unsigned long long)bytes->number : NOT_AVAILABLE;
-        to[i].gpu_instance = to[i].compute_instance = ~0U;
-    }
+    for (size_t i = 0; i < size_of(list); i++)
+        add_process(all, &found, (unsigned)number_of(get(item(list, i), "pid"), 0), get(item(list, i), "bytes"));
+    if (!strcmp(key, "compute")) add_contexts(text_of(get(about(gpu), "uuid")), all, &found);
+    *count = found;
+    if (found == 0) return SUCCESS;
+    if (room < found) return INSUFFICIENT_SIZE;
+    memcpy(to, all, found * sizeof *all);
     return SUCCESS;
 }
 

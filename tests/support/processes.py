@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,10 +25,37 @@ ROOT = Path(__file__).parents[2]
 FAKE_VLLM = Path(__file__).parent / "fake_vllm"
 
 
+_TRAIN = """
+import sys
+from vllm.gpu import use_gpus
+use_gpus(sys.argv[1:])
+print("computing", flush=True)
+sys.stdin.read()
+"""
+
+
 def use_fake_vllm(monkeypatch: pytest.MonkeyPatch, **behaviour: object) -> None:
     """Let ``python -m vllm...`` start the fake. :param behaviour: see ``fake_vllm/vllm/behaviour.py``."""
     monkeypatch.setenv("PYTHONPATH", str(FAKE_VLLM))
     monkeypatch.setenv("FAKE_VLLM", json.dumps(behaviour))
+
+
+@contextmanager
+def somebody_computes(
+    folder: Path, uuids: list[str], environment: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """``python train.py`` of somebody else, on GPUs of the fake NVML until the block ends."""
+    script = folder / "train.py"
+    script.write_text(_TRAIN)
+    command = [sys.executable, "-S", str(script), *uuids]
+    env = {**environment, "PYTHONPATH": str(FAKE_VLLM)}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"computing\n"
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def server_spec(

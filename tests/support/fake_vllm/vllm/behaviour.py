@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,8 @@ class Behaviour:
     :param fingerprint: instead of the one of its layout; ``None`` leaves it out. :param missing_worker: its rank.
     :param ignore_sigterm: in every process. :param no_shared_memory: the ranks fall back to gloo, and say so.
     :param ttft_ms: before the first token. :param itl_ms: before each further one.
+    :param contexts: UUIDs of the GPUs that a rank computes on, by its number, where it is not its own alone.
+    :param nccl: the transport in NCCL's log; ``None`` for no log.
     """
 
     load_s: float = 0.0
@@ -34,6 +36,8 @@ class Behaviour:
     no_shared_memory: bool = False
     ttft_ms: float = 2.0
     itl_ms: float = 1.0
+    contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    nccl: str | None = "P2P/CUMEM"
 
     def fails(self, completion: int) -> bool:
         """Whether the engine dies in this completion; the first is number 1."""
@@ -52,6 +56,6 @@ def read_behaviour(tensor_parallel_size: int) -> Behaviour:
     """
     layout = f"-tp{tensor_parallel_size}" if tensor_parallel_size > 1 else ""
     told = {"fingerprint": f"vllm-0.32.0{layout}-abcdef12"} | json.loads(os.environ.get("FAKE_VLLM") or "{}")
-    if unknown := set(told) - {field.name for field in fields(Behaviour)}:
+    if unknown := set(told) - {known.name for known in fields(Behaviour)}:
         raise SystemExit(f"FAKE_VLLM: unknown switches {sorted(unknown)}")
     return Behaviour(**told)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from .behaviour import Behaviour
+from .gpu import own_gpu, use_gpus
+from .nccl import write_nccl_log
 
 _SEGMENT_BYTES = 4096
 
@@ -73,13 +75,15 @@ def _run_engine(model: str, tensor_parallel_size: int, behaviour: Behaviour, wri
     worker_pids = {}
     for rank in range(tensor_parallel_size):
         if rank != behaviour.missing_worker:
-            worker_pids[rank] = _start_worker(rank, tensor_parallel_size, rendezvous, segments)
+            worker_pids[rank] = _start_worker(rank, tensor_parallel_size, behaviour, rendezvous, segments)
     say("EngineCore", "core.py:402", "init engine (profile, create kv cache, warmup model) took 0.01 s")
     os.write(writing, (json.dumps(worker_pids) + "\n").encode())
     _wait_for_a_signal()
 
 
-def _start_worker(rank: int, tensor_parallel_size: int, rendezvous: Path, segments: Sequence[Path]) -> int:
+def _start_worker(
+    rank: int, tensor_parallel_size: int, behaviour: Behaviour, rendezvous: Path, segments: Sequence[Path]
+) -> int:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -91,12 +95,23 @@ def _start_worker(rank: int, tensor_parallel_size: int, rendezvous: Path, segmen
             reason = "ranks do not share the same SHM group name, falling back to torch.distributed."
             say("Worker", "cpu_communicator.py:47", f"CPU SHM communicator disabled for group tp:0: {reason}")
         say(name, "cpu_model_runner.py:68", "Starting to load model...")
+        _use_gpu(rank, tensor_parallel_size, behaviour, rendezvous)
         os.write(writing, b"+")
         _wait_for_a_signal()
     os.close(writing)
     os.read(reading, 1)
     os.close(reading)
     return pid
+
+
+def _use_gpu(rank: int, world_size: int, behaviour: Behaviour, rendezvous: Path) -> None:
+    """Compute, and talk to the others, on a machine that has GPUs."""
+    own = own_gpu(rank)
+    if own is None:
+        return
+    use_gpus(behaviour.contexts.get(str(rank), [own.uuid]))
+    if world_size > 1 and behaviour.nccl is not None:
+        write_nccl_log(rank, world_size, behaviour.nccl, comm_id=rendezvous.name.rpartition("_")[2][:16])
 
 
 def _say_rank(rank: int, world_size: int, rendezvous: Path) -> None:
