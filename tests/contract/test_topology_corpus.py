@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pytest_gpulayout.topology_text import parse_topology_text
 
 CORPUS = Path(os.environ.get("GPULAYOUT_CORPUS") or Path(__file__).parents[2] / "../shared/corpus") / "topo"
 CASES = sorted(path.parent.name for path in CORPUS.glob("*/topo.txt"))
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 needs_corpus = pytest.mark.skipif(
     not CASES, reason="no corpus of recorded listings here: set GPULAYOUT_CORPUS to its folder"
@@ -65,6 +67,8 @@ def check_columns(topology: Topology, expected: dict[str, Any]) -> None:
     if "cpu_affinity" in expected:
         affinity = {str(device.index): device.cpu_affinity for device in topology.devices}
         assert affinity == expected["cpu_affinity"]
+    if "gpu_numa_id" in expected:
+        assert {str(device.index): device.gpu_numa_id for device in topology.devices} == expected["gpu_numa_id"]
 
 
 @needs_corpus
@@ -76,3 +80,20 @@ def test_reads_the_same_inside_another_log(case: str) -> None:
     plain = parse_topology_text(text, case)
     windows = text.replace("\n", "\r\n")
     assert parse_topology_text(f"starting rank 0 on GPU0\r\n{windows}\r\nGPU0 is ready\r\n", case) == plain
+
+
+@needs_corpus
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("width", [80, 100, 132])
+@pytest.mark.parametrize("cut", [False, True], ids=["blanks kept", "blanks cut"])
+def test_reads_the_same_in_a_narrow_terminal(case: str, width: int, cut: bool) -> None:
+    text, expected = read(case)
+    if "error" in expected or text.startswith("|"):
+        pytest.skip("a listing that is refused, or in Markdown, which no terminal shows")
+    parts = [
+        line[at : at + width]
+        for line in ANSI.sub("", text).expandtabs(8).splitlines()
+        for at in range(0, max(len(line), 1), width)
+    ]
+    wrapped = "\n".join(part.rstrip() if cut else part for part in parts)
+    assert parse_topology_text(wrapped, case) == parse_topology_text(text, case)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_gpulayout.errors import TopologyFormatError
 from pytest_gpulayout.links import parse_link_class
-from pytest_gpulayout.topology import Topology
+from pytest_gpulayout.topology import Device, Topology
 from pytest_gpulayout.topology_text import parse_topology_text
 
 LEGEND = """
@@ -52,6 +54,7 @@ def test_plain_listing() -> None:
         TRIPLE.replace("\tGPU0\tGPU1", "\t\x1b[4mGPU0\tGPU1", 1).replace("GPU NUMA ID", "GPU NUMA ID\x1b[0m"),
         TRIPLE.replace("\tGPU0\tGPU1", "\t[4mGPU0\tGPU1", 1).replace("GPU NUMA ID", "GPU NUMA ID[0m"),
         TRIPLE.replace("NIC0", "mlx5_bond_0"),
+        TRIPLE.replace("NIC0", "storage"),
         TRIPLE.replace("NIC0\tCPU Affinity", "rocep145s0 CPU Affinity", 1).replace("\nNIC0", "\nrocep145s0"),
         "".join(f"    {line}\n" for line in TRIPLE.splitlines()),
         "".join(f"> {line}\n" for line in TRIPLE.splitlines()),
@@ -64,6 +67,15 @@ def test_plain_listing() -> None:
         "GPU0\tGPU1\tGPU2\n\n" + TRIPLE,
         TRIPLE.replace("8-15\t1\t\tN/A", "8-15\t1\t\tN/A   <- the slow one"),
         "\n".join(line for line in TRIPLE.splitlines() if not line.startswith("NIC0")),
+        TRIPLE.replace("\n", "\r\r\n"),
+        TRIPLE.replace("\t", "\xa0\xa0"),
+        "\ufeff" + TRIPLE,
+        "\x1b]0;user@node: ~\x07\x1b[?2004l" + TRIPLE.replace("GPU1\t", "\x1b[38:5:2mGPU1\x1b(B\x1b[m\t"),
+        TRIPLE.replace("\tGPU0\tGPU1", "\t^[[4mGPU0\tGPU1", 1).replace("GPU NUMA ID", "GPU NUMA ID^[[0m"),
+        TRIPLE.replace("GPU2\tSYS", TRIPLE.splitlines()[0] + "\nGPU2\tSYS"),
+        TRIPLE + "\nNIC Legend:\n\n  NIC0: mlx5_0\n",
+        "GPU 0: NVIDIA A100 80GB PCIe\n" + TRIPLE,
+        "\n".join(TRIPLE.splitlines()[i] for i in (0, 4, 3, 1, 2)),
     ],
 )
 def test_the_same_listing_as_people_keep_it(text: str) -> None:
@@ -71,20 +83,31 @@ def test_the_same_listing_as_people_keep_it(text: str) -> None:
 
 
 def test_cells_that_run_into_each_other() -> None:
-    text = "GPU0 GPU1 mlx5_10mlx5_11CPU Affinity\nGPU0 X NODESYSPXB 0-3\nGPU1 NODE XPXBSYS 4-7\n"
+    text = "GPU0GPU1 mlx5_10mlx5_11CPU Affinity\nGPU0 X NODESYSPXB0-3\nGPU1 NODE XPXBSYS 4-7\n"
     topology = read(text)
     assert links_of(topology) == {(0, 1): "NODE"}
     assert [device.cpu_affinity for device in topology.devices] == ["0-3", "4-7"]
 
 
-def test_markdown_table_in_any_column_order() -> None:
-    text = """\
+MARKDOWN = """\
 | CPU Affinity | NUMA Affinity |      | GPU0 | GPU1 | mlx5_0 |
 |--------------|---------------|------|------|------|--------|
 | 0-7          | 1             | GPU0 | X    | NV2  | SYS    |
 | 8-15         | 0             | GPU1 | NV2  | X    | PHB    |
 |              |               | mlx5_0 | SYS | PHB | X      |
 """
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        MARKDOWN,
+        MARKDOWN.replace("|      | GPU0", "| From | GPU0"),
+        MARKDOWN.replace("| GPU0 | X", "| **GPU0** | `X`"),
+        "".join(line.strip("|") + "\n" for line in MARKDOWN.splitlines()),
+    ],
+)
+def test_markdown_table_in_any_column_order(text: str) -> None:
     topology = read(text)
     assert links_of(topology) == {(0, 1): "NV2"}
     assert [(device.numa_node, device.cpu_affinity) for device in topology.devices] == [(1, "0-7"), (0, "8-15")]
@@ -110,6 +133,29 @@ def test_affinity_cells(width: int | None, header: str, cells: str, cpu: str | N
     text = f"\tGPU0\tGPU1\t{header}\nGPU0\t X \tSYS\t{cells}\nGPU1\tSYS\t X \t{cells}\n"
     topology = read(text.expandtabs(width) if width else text)
     assert {(device.cpu_affinity, device.numa_node) for device in topology.devices} == {(cpu, numa)}
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ("0-71\t0\t\t2", 2),
+        ("0-71\t0\t\tN/A", None),
+        ("\t0\t\t10", 10),
+        ("0-71\t\tN/A\t\tN/A", None),
+        ("0-71\t0", None),
+    ],
+)
+def test_gpu_numa_id(cells: str, expected: int | None) -> None:
+    """On Grace it is the node of the GPU's own memory; elsewhere N/A."""
+    text = f"\tGPU0\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\nGPU0\t X \tNODE\t{cells}\n"
+    assert [device.gpu_numa_id for device in read(text).devices] == [expected]
+
+
+def test_rows_and_columns_in_another_order_and_not_of_all_gpus() -> None:
+    text = "\tGPU5\tNIC1\tGPU2\nNIC1\tSYS\t X \tPIX\nGPU2\tNV4\tPIX\t X \nGPU5\t X \tSYS\tNV4\n"
+    topology = read(text)
+    assert links_of(topology) == {(2, 5): "NV4"}
+    assert [device.index for device in topology.devices] == [2, 5]
 
 
 def test_gpus_keep_their_numbers() -> None:
@@ -164,6 +210,42 @@ def test_links_and_p2p_in_one_file() -> None:
     assert topology.devices == read(TRIPLE).devices
 
 
+def test_links_are_those_of_m_where_mp_follows() -> None:
+    pcie_only = TRIPLE.replace("NV4", "PHB")
+    assert read(f"== topo -m\n{TRIPLE}\n== nvidia-smi topo -mp\n{pcie_only}") == read(TRIPLE)
+
+
+LISTED = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a70)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a71)
+  MIG 3g.20gb     Device  0: (UUID: MIG-1d5ba0d6-d33d-5b2c-924d-9e3d8d2b8a71)
+  MIG 1g.5gb      Device  1: (UUID: MIG-2d5ba0d6-d33d-5b2c-924d-9e3d8d2b8a71)
+GPU 7: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
+"""
+
+
+@pytest.mark.parametrize("text", [LISTED + TRIPLE, TRIPLE + LEGEND + LISTED, LISTED + LISTED + TRIPLE])
+def test_nvidia_smi_l_gives_names_uuids_and_mig(text: str) -> None:
+    topology = read(text)
+    name, uuid = "NVIDIA A100-SXM4-40GB", "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a7"
+    facts = [(device.name, device.uuid, device.mig) for device in topology.devices]
+    assert facts == [(name, f"{uuid}0", None), (name, f"{uuid}1", True), (None, None, None)]
+    assert links_of(topology) == links_of(read(TRIPLE))
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        ("GPU 0: NVIDIA L4 (UUID: GPU-xxxxxxxx)\n", "NVIDIA L4"),
+        (LISTED + LISTED.replace("8a70", "8b70"), None),
+        ("GPU 0: initialised\n", None),
+    ],
+)
+def test_a_uuid_that_is_no_uuid_or_not_the_only_one_is_not_taken(listed: str, name: str | None) -> None:
+    device = read(listed + TRIPLE).devices[0]
+    assert (device.name, device.uuid, device.mig) == (name, None, None)
+
+
 ROCM_SMI = """\
 ============================ ROCm System Management Interface ============================
 ================================ Weight between two GPUs =================================
@@ -202,8 +284,39 @@ LINK TYPE TABLE:
 """
 
 
-def test_rocm_smi() -> None:
-    topology = read(ROCM_SMI)
+def amd_table(title: str, own: str, other: str) -> str:
+    header = " " * 13 + "0000:0c:00.0 0000:22:00.0"
+    return f"{title} TABLE:\n{header}\n0000:0c:00.0 {own:12} {other}\n0000:22:00.0 {other:12} {own}\n"
+
+
+ALL_OF_AMD_SMI = "".join(
+    amd_table(*words)
+    for words in [
+        ("ACCESS", "ENABLED", "DISABLED"),
+        ("WEIGHT", "0", "40"),
+        ("HOPS", "0", "2"),
+        ("LINK TYPE", "SELF", "PCIE"),
+        ("NUMA BW", "N/A", "50000-100000"),
+        ("CACHE COHERANCY", "SELF", "NC"),
+        ("ATOMICS", "SELF", "64,32"),
+        ("DMA", "SELF", "N/A"),
+        ("BI-DIRECTIONAL", "SELF", "T"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ROCM_SMI,
+        ROCM_SMI.replace("GPU[0]", "GPU 0 ").replace("GPU[1]", "GPU 1 "),
+        ROCM_SMI.replace("===\n", "===\x1b[0m\n").replace("\n===", "\n\x1b[32m==="),
+        ROCM_SMI.replace("Weight between", "Link accessibility between").replace("15", "True"),
+        "=== Link Type" + ROCM_SMI.split("=== Link Type")[1],
+    ],
+)
+def test_rocm_smi(text: str) -> None:
+    topology = read(text)
     assert links_of(topology) == {(0, 1): "XGMI"}
     assert [device.numa_node for device in topology.devices] == [0, 3]
     assert topology.platform == "rocm"
@@ -214,11 +327,35 @@ def test_rocm_smi_with_one_gpu() -> None:
     assert (len(topology.devices), topology.links, topology.platform) == (1, {}, "rocm")
 
 
-def test_amd_smi_names_devices_by_bus_id() -> None:
-    topology = read(AMD_SMI)
+@pytest.mark.parametrize("text", [AMD_SMI, ALL_OF_AMD_SMI, AMD_SMI + ALL_OF_AMD_SMI])
+def test_amd_smi_names_devices_by_bus_id(text: str) -> None:
+    topology = read(text)
     assert links_of(topology) == {(0, 1): "PCIE"}
     assert [device.pci_bus_id for device in topology.devices] == ["0000:0c:00.0", "0000:22:00.0"]
     assert topology.platform == "rocm"
+
+
+def test_amd_smi_without_a_known_link_type() -> None:
+    topology = read(amd_table("LINK TYPE", "SELF", "UNKNOWN"))
+    assert (len(topology.devices), topology.links, topology.settles_links) == (2, {}, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column", "message"),
+    [
+        (ROCM_SMI.split("=== Link Type")[0], 0, 0, "found only AMD's weight, hops\n"),
+        (amd_table("DMA", "SELF", "N/A"), 0, 0, "found only AMD's dma\n"),
+        (amd_table("LINK TYPE", "SELF", "FAST"), 3, 27, "PCIE) was expected, found 'FAST'"),
+        ('[\n    {\n        "gpu": 0,\n', 0, 0, "found JSON, and no table in 3 lines"),
+        ("gpu,bdf,weight\n0,0000:0c:00.0,15\n", 0, 0, "found CSV, and no table in 2 lines"),
+    ],
+)
+def test_refuses_what_amd_tools_print_without_links(text: str, line: int, column: int, message: str) -> None:
+    with pytest.raises(TopologyFormatError) as error:
+        read(text)
+    assert message in str(error.value)
+    assert (error.value.line, error.value.column) == (line, column)
+    assert "record it again, not as JSON or CSV: rocm-smi --showtopo > topo.txt" in str(error.value)
 
 
 def test_excerpt_with_affinity_only_has_no_links() -> None:
@@ -235,7 +372,7 @@ def test_excerpt_with_affinity_only_has_no_links() -> None:
         ("no devices were found\n", 0, 0, "found none in 1 line\n"),
         (LEGEND, 0, 0, "found none"),
         ("using GPU0\nGPU0 is ready\n", 0, 0, "found none"),
-        (ROCM_SMI.split("=== Link Type")[0], 0, 0, "found none"),
+        ("GPU0 X marks the spot\n", 0, 0, "found none"),
         ("GPU0 X OK\nGPU1 OK X\n", 0, 0, "found none"),
         ("GPU0 X SYS\nGPU1 SYS X NV4\n", 0, 0, "found none"),
         (TRIPLE.replace("NV4\t X ", "SYS\t X "), 3, 6, "expected for GPU1-GPU0 as for GPU0-GPU1 in line 2 (NV4)"),
@@ -246,11 +383,16 @@ def test_excerpt_with_affinity_only_has_no_links() -> None:
         (TRIPLE.split("GPU2\tSYS")[0], 1, 0, "a row for each of the 3 GPUs of the header was expected, found none"),
         (TRIPLE.split("\tPHB\t X")[0], 4, 1, "4 cells were expected in the row of GPU2"),
         (TRIPLE.replace("GPU1\tNV4", "GPU0\tNV4"), 3, 1, "one row for GPU0 was expected, found a second"),
-        (TRIPLE.replace("GPU2\tNIC0", "NIC0", 1), 2, 18, "has more cells than the header in line 1 has devices (3)"),
+        (TRIPLE.replace("GPU2\tNIC0", "NIC0", 1), 2, 18, "the header in line 1, found one more, 'PIX'"),
         (TRIPLE.replace("GPU2\t", "GP2\t", 1), 4, 1, "a column for GPU2 was expected in the header in line 1"),
-        ("\tGPU0\tGPU0\nGPU0\t X \tSYS\n", 1, 0, "each GPU once was expected in the header"),
+        ("\tGPU0\tGPU0\nGPU0\t X \tSYS\n", 1, 0, "each device once was expected in the header"),
         (TRIPLE + TRIPLE.replace("NV4", "SYS"), 6, 0, "found a table that differs from the one in line 1"),
         ("nvidia-smi topo -mp\n" + TRIPLE, 2, 0, "found topo -mp, which shows PCIe only and never NVLink"),
+        ("\tGPU0\nGPU0\t X \tSYS\n", 2, 10, "1 cell was expected in the row of GPU0"),
+        (TRIPLE.replace("PHB", "\x1b[31mPHX\x1b[0m", 1), 3, 19, "found 'PHX'"),
+        (TRIPLE.replace("PHB", "N" * 60, 1), 3, 14, f"found '{'N' * 37}...'"),
+        (f"topo -p2p r\n{P2P}\ntopo -p2p r\n{P2P.replace('CNS', 'NS')}", 8, 0, "one machine was expected"),
+        (TRIPLE + "\n" + P2P.replace("GPU2", "GPU3"), 7, 0, "differs from the one in line 1"),
         (P2P.replace("OK", "NS", 1), 3, 7, "(NS), found OK"),
         (P2P.replace("CNS", "SOSO", 1), 2, 12, "a status (OK, CNS, GNS, TNS, DR, NS, U) was expected"),
     ],
@@ -263,27 +405,54 @@ def test_refuses_what_is_not_settled(text: str, line: int, column: int, message:
     assert "record it again: nvidia-smi topo -m > topo.txt" in str(error.value)
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), count=st.integers(1, 9), first=st.integers(0, 12), nics=st.integers(0, 3))
-def test_round_trip(data: st.DataObject, count: int, first: int, nics: int) -> None:
-    """Any matrix that nvidia-smi can print is read as it is, with tabs and with spaces."""
-    names = [f"GPU{first + i}" for i in range(count)] + [f"NIC{i}" for i in range(nics)]
-    cells = {}
-    for i, a in enumerate(names):
-        for b in names[:i]:
-            cells[a, b] = cells[b, a] = data.draw(
-                st.sampled_from(["NV1", "NV18", "PIX", "PXB", "PHB", "NODE", "SYS"])
-            )
+CPU_LISTS = ["", "0-7", "0-23,48-71", "0,2,4,6,8,10", "3"]
+
+
+@st.composite
+def machines(draw: st.DrawFn) -> Topology:
+    """What ``nvidia-smi topo -m`` can say: any links, and affinities that it knows or not."""
+    indices = draw(st.lists(st.integers(0, 20), min_size=1, max_size=9, unique=True))
+    with_id = draw(st.booleans())
+    devices = [
+        Device(
+            index,
+            cpu_affinity=draw(st.sampled_from(CPU_LISTS)),
+            numa_node=draw(st.sampled_from([None, 0, 1, 12, "0-3"])),
+            gpu_numa_id=draw(st.sampled_from([None, 2, 10])) if with_id else None,
+        )
+        for index in indices
+    ]
+    links = [f"NV{n}" for n in (1, 4, 18)] + ["PIX", "PXB", "PHB", "NODE", "SYS"]
+    pairs = combinations(sorted(indices), 2)
+    return Topology(
+        tuple(sorted(devices, key=lambda device: device.index)),
+        {pair: parse_link_class(draw(st.sampled_from(links))) for pair in pairs},
+        source="topo.txt",
+        recorded=True,
+    )
+
+
+def print_as_nvidia_smi(topology: Topology, order: list[Device], nics: int) -> str:
+    """A tab before the header, and two before what may be N/A."""
+    names = [f"GPU{device.index}" for device in order] + [f"NIC{i}" for i in range(nics)]
     rows = ["\t" + "\t".join([*names, "CPU Affinity", "NUMA Affinity", "GPU NUMA ID"])]
-    for a in names:
-        row = "\t".join([a, *(cells.get((a, b), " X ") for b in names)])
-        rows.append(row + ("\t0-7\t0\t\tN/A" if a.startswith("GPU") else "\t\t\t\t"))
-    text = "\n".join(rows) + "\n"
-    links = links_of(read(text))
-    assert links == {
-        (first + i, first + j): cells[names[i], names[j]] for i in range(count) for j in range(i + 1, count)
-    }
-    assert read(text.expandtabs(8)) == read(text)
+    for device in order:
+        cells = [" X " if other is device else str(topology.link(device.index, other.index)) for other in order]
+        numa = "\tN/A" if device.numa_node is None else str(device.numa_node)
+        gpu_numa = "N/A" if device.gpu_numa_id is None else str(device.gpu_numa_id)
+        cells += ["SYS"] * nics + [str(device.cpu_affinity), numa, f"\t{gpu_numa}"]
+        rows.append("\t".join([f"GPU{device.index}", *cells]))
+    rows += [f"NIC{i}\t" + "\t".join(["SYS"] * len(order) + ["PIX"] * nics) + "\t\t\t\t" for i in range(nics)]
+    return "\n".join(rows) + "\n"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), topology=machines(), nics=st.integers(0, 3))
+def test_round_trip(data: st.DataObject, topology: Topology, nics: int) -> None:
+    """Any matrix that nvidia-smi can print is read as it is, in any order of devices."""
+    text = print_as_nvidia_smi(topology, data.draw(st.permutations(topology.devices)), nics)
+    assert read(text) == topology
+    assert read(text.expandtabs(8)) == topology
 
 
 @settings(max_examples=150, deadline=None)
