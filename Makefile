@@ -15,14 +15,14 @@ TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TINY_MODEL := build/tiny-qwen2
 
-.PHONY: gate gate-cpu gate-cuda test test-unit test-fuzz test-real check format install install-cpu install-cuda libnuma compiler clean
+.PHONY: gate gate-cpu gate-cuda test test-unit test-end-to-end test-fuzz test-real check format install install-cpu install-cuda libnuma compiler clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make gate                                   record baselines, then check against them (vLLM's CPU build)"
 	@echo "make gate PLATFORM=cuda MODEL=ID LAYOUT=tp2 the same on NVIDIA GPUs"
 	@echo "make test       all tests, with real vLLM   make test-unit  the quick ones (under a minute)"
-	@echo "make test-fuzz  100,000 mutated topology listings and NCCL logs (some minutes)"
+	@echo "make test-fuzz FUZZ=100000  mutated topology listings and NCCL logs (some ten minutes)"
 	@echo "make check      ruff and mypy               make clean      remove .venv and build"
 
 # -- the main job ----------------------------------------------------------------------------------------------------
@@ -47,13 +47,16 @@ $(TINY_MODEL)/config.json: examples/model_repo/make_model.py | install-cpu
 
 # -- tests -----------------------------------------------------------------------------------------------------------
 
-test: install-cpu libnuma compiler check test-unit test-real
+test: install-cpu libnuma compiler check test-unit test-end-to-end test-fuzz test-real
 
 test-unit: install
-	$(PYTEST) -n 2 -m "not real_vllm and not gpu" $(ARGS)
+	$(PYTEST) -n 2 -m "not real_vllm and not gpu and not end_to_end" $(ARGS)
 
-# The quick tests try a few thousand mutations; this tries FUZZ of each kind.
-FUZZ ?= 100000
+test-end-to-end: install compiler
+	$(PYTEST) -n 2 -m end_to_end $(ARGS)
+
+# The quick tests try a few hundred mutations; this tries FUZZ of each kind. 100000 take some ten minutes.
+FUZZ ?= 10000
 test-fuzz: install
 	GPULAYOUT_FUZZ=$(FUZZ) $(PYTEST) -n 2 -q tests/fuzz $(ARGS)
 

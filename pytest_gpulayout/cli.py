@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.baseline import Baseline
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.links import LinkRequirement
+    from pytest_gpulayout.nccl_log import Communicator
     from pytest_gpulayout.ports import BaselineStore, Endpoint
     from pytest_gpulayout.topology import Topology
     from pytest_gpulayout.trace import RunTrace
@@ -32,7 +33,8 @@ T = TypeVar("T")
 
 FINE, FAILED, MISUSE, UNDECIDED = 0, 1, 2, 3
 _INTERRUPTED = 130
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 17
+_MOST_COMMUNICATORS, _MOST_PAIRS = 16, 128
 _MOST_FAILURES = 10
 
 _EXIT_CODES = "exit codes: 0 fine, 1 the check failed, 2 misuse or unreadable input"
@@ -329,12 +331,27 @@ def _declare_nccl(commands: Any) -> None:
 
 def _nccl(arguments: argparse.Namespace) -> Outcome:
     from pytest_gpulayout.nccl_log import merge, parse_nccl_log
-    from pytest_gpulayout.transport import judge_nccl
+    from pytest_gpulayout.transport_nccl import judge_nccl
 
     log = merge(parse_nccl_log(_chunks(name), name) for name in arguments.files)
     report = judge_nccl(log, arguments.layout)
     code = FAILED if report.verdict in ("socket", "no-evidence") else FINE
-    return Outcome(code, report.to_document(), list(_transport_lines(report)))
+    communicators = [item for item in log.communicators if item.edges]
+    document = {**report.to_document(), "communicators": [_communicator_document(item) for item in communicators]}
+    return Outcome(code, document, list(_transport_lines(report, communicators)))
+
+
+def _communicator_document(communicator: Communicator) -> dict[str, Any]:
+    """Ranks are the communicator's own; ``key`` is null where channels could not be attributed to one."""
+    return {
+        "key": communicator.key,
+        "nranks": communicator.nranks,
+        "hosts": sorted({process[0] for process in communicator.processes}),
+        "edges": [
+            {"src": src, "dst": dst, "transports": list(counts), "channels": sum(counts.values())}
+            for (src, dst), counts in sorted(communicator.edges.items())
+        ],
+    }
 
 
 def _chunks(name: str) -> Iterator[bytes]:
@@ -345,20 +362,24 @@ def _chunks(name: str) -> Iterator[bytes]:
         yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
 
 
-def _transport_lines(report: TransportReport) -> Iterator[str]:
+def _transport_lines(report: TransportReport, communicators: Sequence[Communicator]) -> Iterator[str]:
     from pytest_gpulayout.report import finding_lines
 
     yield f"verdict: {report.verdict}"
     yield f"transports: {report.summary()}"
-    if report.edges:
-        yield from _table(
-            [("ranks", "transport", "channels")]
-            + [
-                (f"{src} -> {dst}", use.transport, str(use.channels))
-                for (src, dst), uses in report.edges.items()
-                for use in uses
-            ]
-        )
+    for communicator in communicators[:_MOST_COMMUNICATORS]:
+        if len(communicators) > 1:
+            yield f"communicator {communicator.key or 'not named'}, {communicator.nranks or 'some'} ranks"
+        rows = [
+            (f"{src} -> {dst}", transport, str(channels))
+            for (src, dst), counts in sorted(communicator.edges.items())
+            for transport, channels in counts.items()
+        ]
+        yield from _table([("ranks", "transport", "channels"), *rows[:_MOST_PAIRS]])
+        if len(rows) > _MOST_PAIRS:
+            yield f"... and {len(rows) - _MOST_PAIRS} more pairs: --json has all"
+    if len(communicators) > _MOST_COMMUNICATORS:
+        yield f"... and {len(communicators) - _MOST_COMMUNICATORS} more communicators: --json has all"
     yield f"network chosen: {report.network or 'not said'}"
     yield f"NCCL: {report.nccl_version or 'not said'}"
     for finding in report.findings:

@@ -95,6 +95,31 @@ class Layout:
         local = range(first, first + self.gpus_per_node)
         return tuple((a - first, b - first) for a, b in self.communicating_pairs() if a in local and b in local)
 
+    def communication_groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Ranks that share a communicator, by vLLM's name of the kind of group; of one replica.
+
+        The kinds are tp, pp, pcp, and with expert parallelism dp and ep: dense dp replicas do not talk. Groups of one
+        rank, and kinds whose groups are those of another one, are left out. Source:
+        ``vllm/distributed/parallel_state.py``, ``initialize_model_parallel``.
+        """
+        kinds: dict[str, tuple[str, ...]] = {
+            "tp": ("dp", "pp", "pcp"),
+            "pp": ("dp", "pcp", "tp"),
+            "pcp": ("dp", "pp", "tp"),
+        }
+        if self.ep:
+            kinds |= {"dp": ("pp", "pcp", "tp"), "ep": ("pp",)}
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name, fixed in kinds.items():
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for rank in range(self.ranks):
+                at = dict(zip(("dp", "pp", "pcp", "tp"), self._coordinates(rank), strict=True))
+                groups.setdefault(tuple(at[axis] for axis in fixed), []).append(rank)
+            of_kind = tuple(tuple(ranks) for ranks in groups.values() if len(ranks) > 1)
+            if of_kind and of_kind not in found.values():
+                found[name] = of_kind
+        return found
+
     def _ranks_talk(self, a: int, b: int) -> bool:
         (dp_a, pp_a, pcp_a, tp_a), (dp_b, pp_b, pcp_b, tp_b) = self._coordinates(a), self._coordinates(b)
         if pp_a == pp_b:

@@ -1,165 +1,120 @@
 """What NCCL's own log says: which rank reaches which, over what, and the lines that explain why.
 
-Knows the text of ``NCCL_DEBUG=INFO`` (NVIDIA/nccl ``src/debug.cc``, ``src/transport/*.cc``, 2.3 to 2.30, and
-ROCm/rccl) and turns it into facts, each with the line it came from. What the facts mean for a layout is left to
-:mod:`~pytest_gpulayout.transport`; opening files to the callers.
+Turns the text of ``NCCL_DEBUG=INFO`` (NVIDIA's NCCL 2.3 to 2.30, and AMD's RCCL) into facts, each with the line it
+came from. What the facts mean for a layout is left to :mod:`~pytest_gpulayout.transport`; opening files to the
+callers; the words of single records to :mod:`~pytest_gpulayout.nccl_records`.
 
-A record is ``HOST:PID:TID [CUDADEV] NCCL INFO text``, but launchers, terminals and several writers on one stream
-put things before, between and after records. So records are searched anywhere in a line, several per line::
-
-    Channel NN[/C] : a[dev] -> b[dev] [send] via NET/IB/0/GDRDMA      2.7 and later; "Ring" before
-    CollNet NN/C : r [send] via COLLNET/SHARP/0                       one rank, no arrow; "Coll" to 2.8
-    NVLS comm 0x.. headRank R nHeads N nvlsRanks N buffSize ..        buffers made: in use, though no "via"
-    comm 0x.. rank R nranks N cudaDev D nvmlDev V busId B commId 0x.. - Init START
-    comm 0x.. rank R nRanks N nNodes K localRanks L localRank l MNNVL m
-
-``Using network X`` names the plugin that was chosen, not a transport that is used.
+A record is ``HOST:PID:TID [CUDADEV] NCCL INFO text`` or ``.. FILE:LINE NCCL WARN text``, but launchers, terminals and
+several writers on one stream put things before, between and after records. So records are searched anywhere in a
+line, several per line, and a channel that a line's end has broken in two is put together again.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-Direction = Literal["send", "receive"]
-Process = tuple[str, int]
-"""Host name and process id, as the line's head gives them."""
+from pytest_gpulayout.nccl_communicators import (
+    CommShare,
+    Communicator,
+    Link,
+    ProcessComms,
+    Seen,
+    Tally,
+    edges_of,
+    join_shares,
+    merge_links,
+)
+from pytest_gpulayout.nccl_lines import Block, LogLine, blocks, interesting_lines, line_text, numbered_lines
+from pytest_gpulayout.nccl_records import (
+    Channel,
+    CommRank,
+    Process,
+    Remark,
+    RemarkKind,
+    TreeNode,
+    all_direct_p2p,
+    channels_in,
+    comm_record,
+    is_socket,
+    is_torn,
+    matches,
+    nvls_records,
+    remark_kind,
+    ring_in,
+    tree_rank,
+)
 
-_DIRECTIONS: dict[str, Direction] = {"send": "send", "receive": "receive"}
+__all__ = [
+    "Channel",
+    "CommRank",
+    "CommShare",
+    "Communicator",
+    "LogLine",
+    "NcclLog",
+    "Process",
+    "Remark",
+    "RemarkKind",
+    "Seen",
+    "TreeNode",
+    "channels_in",
+    "is_socket",
+    "is_torn",
+    "merge",
+    "numbered_lines",
+    "parse_nccl_log",
+]
 
-LONGEST_LINE = 1 << 20
-"""Bytes after which a line without an end is read in pieces, so that memory stays bounded."""
 _LONGEST_EVIDENCE = 400
 _MOST_WARNINGS = 200
+_MOST_REMARKS = 50
+_MOST_HOSTS = 4096
 
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\[\d{1,3}(?:;\d{1,3})*m")
-_NUL_BYTES = re.compile(rb"\0{2,}")
-_NULS = re.compile(r"\0{2,}")
-_WORTH_READING = re.compile(r"NCCL|RCCL|via |NVLS comm|comm 0x|Using network")
 _HEAD = re.compile(
-    r"(?<![\w.-])(?P<host>[A-Za-z0-9][\w.-]{0,252}+):(?P<pid>\d{1,10}):\d{1,10} \[-?\d+\]"
-    r"(?: \S+:\d+(?: \([^()\s]*\))?)? NCCL [A-Z]+"
-)
-
-_WORD = r"[A-Za-z0-9_+-]+(?:\.[A-Za-z0-9_]+)*(?:\([^()\s]*\))?"
-_REST = rf"(?:/{_WORD})*"
-_PLUGIN_DEVICE = r"/-?\d+(?:\(-?\d+\))?"
-# A plugin's name is free text and may hold a space ("AWS Libfabric"); its device number ends it.
-_NETWORK = rf"[^/\[\](){{}}<>:\"\\\s](?:[^/\[\](){{}}<>:\"\\\r\n\t]{{0,62}}[^/\s])?{_PLUGIN_DEVICE}"
-_TRANSPORT = (
-    r"direct shared memory"
-    rf"|P2P/(?:direct pointer|common device|indirect/\d+\[[0-9a-fA-F]+\]){_REST}"
-    rf"|(?:COLLNET|NET)/{_NETWORK}{_REST}"
-    rf"|(?:P2P|SHM|NET|COLLNET)\b{_REST}"
-    rf"|[A-Z][A-Z0-9_]+/{_WORD}{_REST}"
-)
-_ARROW = r"-(?:>|&gt;|\\u003e)"
-_CHANNEL = re.compile(
-    r"(?:Channel|Ring)\s+(?P<channel>\d{1,6})(?:/(?P<connection>\d{1,6}))?\s*:\s*"
-    rf"(?P<src>\d{{1,9}})(?:\[[0-9a-fA-F]+\])?\s*{_ARROW}\s*(?P<dst>\d{{1,9}})(?:\[[0-9a-fA-F]+\])?\s*"
-    rf"(?:\[(?P<direction>send|receive)\]\s*)?via\s+(?P<transport>{_TRANSPORT})"
-)
-_COLLNET = re.compile(
-    r"Coll(?:Net)?\s+(?P<channel>\d{1,6})(?:/(?P<connection>\d{1,6}))?\s*:\s*(?P<src>\d{1,9})\s*"
-    rf"\[(?P<direction>send|receive)\]\s*via\s+(?P<transport>{_TRANSPORT})"
+    r"(?<![\w.-])(?P<host>[A-Za-z0-9][\w.-]{0,252}+):(?P<pid>\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\]"
+    r"(?: \S+:\d+(?: \([^()\s]*\))?)? NCCL (?P<level>[A-Z]+)"
 )
 # Names of NCCL's own plugins are one word, whatever was put behind them; others may be several.
 _NETWORK_CHOSEN = re.compile(
     r"Using network (?P<name>(?:Socket|IB|IBext(?:_v\d+)?)(?![\w.+-])|\w[\w.+-]*(?: \w[\w.+-]*)*)"
 )
 _VERSION = re.compile(
-    r"\b(?:NCCL version (?P<nccl>\d+\.\d+(?:\.\d+)*(?:(?!NCCL)[\w-])*(?:\+cuda\d+(?:\.\d+)*)?)"
-    r"|RCCL version\s*:?\s*(?P<rccl>\d+\.\d+[\w.:+-]*))"
+    r"\b(?:NCCL version (?P<nccl>\d{1,4}(?:\.\d{1,4}){1,4}(?:(?!NCCL)[\w-]){0,40}\+cuda\d{1,4}(?:\.\d{1,4}){0,3})"
+    r"|(?<=NCCL INFO )RCCL version ?:? ?(?P<rccl>\d{1,4}\.\d{1,4}[\w.:+-]{0,80})"
+    r"|RCCL version ?:? ?(?P<hip>\d{1,4}\.\d{1,4}[\w.]{0,40}\+[\w.:+-]{0,80}))"
 )
-_COMM = re.compile(
-    r"comm (?P<comm>0x[0-9a-f]+) rank (?P<rank>\d{1,9}) n[rR]anks (?P<nranks>\d{1,9})\b(?P<rest>[^\r\n]*)"
+_CONTEXT = re.compile(r"Using network|CCL version|set by environment|NCCL WARN")
+_WARN = re.compile(r"NCCL WARN\s+(?P<text>\S.*)")
+_ENVIRONMENT = re.compile(r"(?P<name>NCCL_[A-Z0-9_]{1,80}+) set by environment to (?P<value>\S+)")
+_UNBROKEN_CHANNEL = re.compile(
+    rb"[^>\n]{0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\] NCCL INFO "
+    rb"(?:Channel|Ring) \d{1,6}(?P<channel>(?:/\d{1,6})? : \d{1,9}\S* -> \d{1,9}\S* (?:\[(?:send|receive)\] )?"
+    rb"via [A-Z][\w/() .+-]*)\r?"
 )
-_COMM_FIELD = re.compile(r"\b(cudaDev|nvmlDev|busId|commId|nNodes) (0x[0-9a-f]{1,32}|[0-9a-f]{1,16})\b")
-_NVLS = re.compile(r"NVLS comm (?P<comm>0x[0-9a-f]+) headRank -?\d+ nHeads \d+(?: nvlsRanks (?P<ranks>\d{1,9}))?")
-_WARN = re.compile(r"NCCL WARN\s+(?P<text>\S[^\r\n]*)")
-_ENVIRONMENT = re.compile(r"(?P<name>NCCL_[A-Z0-9_]+) set by environment to (?P<value>\S+)")
-
-
-@dataclass(frozen=True, slots=True)
-class LogLine:
-    """A piece of evidence: where it stands, and its text without colours, cut at 400 characters.
-
-    :param line: 1-based.
-    """
-
-    file: str
-    line: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """One ``Channel ... via`` line; CollNet names one rank, so its ``dst`` is ``None``.
-
-    :param src: rank in that communicator, not a device. :param dst: likewise.
-    :param transport: the text after ``via``, verbatim.
-    :param direction: which end of a network channel logged it; ``None`` for P2P and SHM (the sender does).
-    :param connection: 0 collectives, 1 send/recv; ``None`` where the line does not say.
-    """
-
-    src: int
-    dst: int | None
-    transport: str
-    direction: Direction | None
-    channel: int
-    connection: int | None
-    line: int
-    file: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """How many channel lines said it, and the first of them."""
-
-    lines: int
-    first: LogLine
-
-
-@dataclass(frozen=True, slots=True)
-class CommRank:
-    """One rank of one communicator, put together from its init lines; what they left open is ``None``.
-
-    :param comm: address in its process. :param comm_id: the same in all ranks (2.14 and later).
-    :param nvml_dev: index of the GPU on its host; ``cuda_dev`` is renumbered by ``CUDA_VISIBLE_DEVICES``.
-    :param nvls: an ``NVLS comm`` line stands for it. :param nvls_ranks: ranks that share these buffers.
-    """
-
-    process: Process | None
-    comm: str
-    rank: int
-    nranks: int
-    cuda_dev: int | None = None
-    nvml_dev: int | None = None
-    bus_id: str | None = None
-    comm_id: str | None = None
-    n_nodes: int | None = None
-    nvls: bool = False
-    nvls_ranks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NcclLog:
     """Everything the logs of one server say, aggregated; the size depends on ranks, not on lines.
 
-    :param links: (src, dst, transport) to the channel lines that say so; ``dst`` is ``None`` for CollNet.
+    :param links: (src, dst, transport) to the channel lines that say so; ``dst`` is ``None`` for CollNet. Ranks are
+        those of their communicator: ``communicators`` tells them apart.
     :param speakers: processes that logged a channel.
+    :param comm_ranks: ranks with an init line, in order of appearance.
+    :param shares: what each process says about each communicator; ``communicators`` is made of them.
     :param networks: what ``Using network`` names, with its number of lines, in order of appearance.
     :param versions: as logged, ``RCCL ...`` for AMD's library, in order of appearance.
     :param warnings: ``NCCL WARN`` lines with different texts, at most 200.
     :param environment: NCCL variables that were set, with the first line that shows each.
-    :param records: lines of NCCL in any form; 0 means that these are not NCCL logs.
+    :param remarks: lines that explain NCCL's choices, at most 50 different ones of each kind.
+    :param records: lines that were read; 0 means that these are not NCCL logs.
     """
 
     sources: tuple[str, ...] = ()
-    links: Mapping[tuple[int, int | None, str], Seen] = field(default_factory=dict)
+    links: Mapping[Link, Seen] = field(default_factory=dict)
     speakers: frozenset[Process] = frozenset()
     comm_ranks: tuple[CommRank, ...] = ()
     nvls_lines: tuple[LogLine, ...] = ()
@@ -168,6 +123,9 @@ class NcclLog:
     warnings: tuple[LogLine, ...] = ()
     environment: Mapping[str, tuple[str, LogLine]] = field(default_factory=dict)
     records: int = 0
+    shares: tuple[CommShare, ...] = ()
+    communicators: tuple[Communicator, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
     @property
     def transports(self) -> Counter[str]:
@@ -180,16 +138,17 @@ class NcclLog:
     @property
     def edges(self) -> dict[tuple[int, int], dict[str, int]]:
         """Channel lines per transport for each (src, dst)."""
-        edges: dict[tuple[int, int], dict[str, int]] = {}
-        for (src, dst, transport), seen in self.links.items():
-            if dst is not None:
-                edges.setdefault((src, dst), {})[transport] = seen.lines
-        return edges
+        return edges_of(self.links)
 
     @property
     def socket_lines(self) -> tuple[LogLine, ...]:
         """First line of each rank pair that goes over ``NET/Socket``."""
         return tuple(seen.first for key, seen in self.links.items() if is_socket(key[2]))
+
+    @property
+    def torn_lines(self) -> tuple[LogLine, ...]:
+        """First line of each rank pair whose transport breaks off where it could still become ``NET/Socket``."""
+        return tuple(seen.first for key, seen in self.links.items() if is_torn(key[2]))
 
     @property
     def network(self) -> str | None:
@@ -212,77 +171,46 @@ class NcclLog:
         """Size of the largest communicator, as its init lines say."""
         return max((member.nranks for member in self.comm_ranks), default=None)
 
+    @property
+    def errors(self) -> tuple[LogLine, ...]:
+        """Lines such as ``misc/socket.cc:537 -> 2``, by which NCCL passes an error on."""
+        return self.lines_of(RemarkKind.ERROR)
+
+    def lines_of(self, kind: RemarkKind) -> tuple[LogLine, ...]:
+        """Remarks of one kind."""
+        return tuple(remark.line for remark in self.remarks if remark.kind is kind)
+
     def nvls_communicators(self) -> tuple[tuple[CommRank, ...], ...]:
         """Communicators of one node where every rank made its NVLS buffers: evidence without a channel line."""
-        members: dict[tuple[str | None, int], list[CommRank]] = {}
-        for member in self.comm_ranks:
-            members.setdefault((member.comm_id, member.nranks), []).append(member)
-        return tuple(tuple(group) for group in members.values() if _all_nvls_on_one_node(group))
-
-
-def _all_nvls_on_one_node(group: Sequence[CommRank]) -> bool:
-    nranks = group[0].nranks
-    if nranks < 2 or sorted(member.rank for member in group) != list(range(nranks)):
-        return False
-    if not all(member.nvls for member in group):
-        return False
-    if nodes := {member.n_nodes for member in group if member.n_nodes is not None}:
-        return nodes == {1}
-    hosts = {member.process[0] if member.process else None for member in group}
-    return all(member.nvls_ranks == nranks for member in group) or (len(hosts) == 1 and None not in hosts)
-
-
-def is_socket(transport: str) -> bool:
-    """Whether a transport is ``NET/Socket``; ``NET/FastSocket`` is another thing."""
-    return transport.split("/")[:2] == ["NET", "Socket"]
-
-
-def channels_in(text: str, *, file: str, line: int) -> Iterator[Channel]:
-    """Every channel that a piece of text names, CollNet included."""
-    for pattern in (_CHANNEL, _COLLNET):
-        for match in pattern.finditer(text):
-            found = match.groupdict()
-            yield Channel(
-                src=int(found["src"]),
-                dst=int(found["dst"]) if "dst" in found else None,
-                transport=found["transport"],
-                direction=_DIRECTIONS.get(found["direction"]),
-                channel=int(found["channel"]),
-                connection=int(found["connection"]) if found["connection"] else None,
-                line=line,
-                file=file,
-            )
+        return tuple(communicator.members for communicator in self.communicators if communicator.nvls)
 
 
 def parse_nccl_log(lines: Iterable[str | bytes], source: str) -> NcclLog:
     """Read one log, as a stream.
 
     :param lines: text, one line or several per item; or bytes, cut anywhere. NUL bytes, colours, invalid UTF-8,
-        CRLF and lines without an end are all met in real logs and do no harm.
+        CRLF and lines without an end are all met in real logs and do no harm. Pieces of some 100 kB are read fastest.
     :param source: file name for the evidence; ``-`` for standard input.
     :returns: what was found; nothing found is a value, too.
     """
     reader = _Reader(source)
-    for number, line in numbered_lines(lines):
-        if _WORTH_READING.search(line):
-            reader.read(number, line)
+    for block in blocks(lines):
+        reader.read(block)
     return reader.result()
 
 
 def merge(logs: Iterable[NcclLog]) -> NcclLog:
     """Put together the logs of a server's processes; the first log wins where only one value can be kept."""
     parts = list(logs)
-    links: dict[tuple[int, int | None, str], Seen] = {}
     networks: Counter[str] = Counter()
     environment: dict[str, tuple[str, LogLine]] = {}
     for part in parts:
-        for key, seen in part.links.items():
-            links[key] = Seen(links[key].lines + seen.lines, links[key].first) if key in links else seen
         networks.update(part.networks)
         environment = {**part.environment, **environment}
+    shares = tuple(share for part in parts for share in part.shares)
     return NcclLog(
         sources=tuple(source for part in parts for source in part.sources),
-        links=links,
+        links=merge_links(part.links for part in parts),
         speakers=frozenset().union(*(part.speakers for part in parts)),
         comm_ranks=tuple(member for part in parts for member in part.comm_ranks),
         nvls_lines=tuple(line for part in parts for line in part.nvls_lines),
@@ -291,48 +219,33 @@ def merge(logs: Iterable[NcclLog]) -> NcclLog:
         warnings=tuple(line for part in parts for line in part.warnings)[:_MOST_WARNINGS],
         environment=environment,
         records=sum(part.records for part in parts),
+        shares=shares,
+        communicators=join_shares(shares),
+        remarks=_limited(remark for part in parts for remark in part.remarks),
     )
 
 
-def numbered_lines(lines: Iterable[str | bytes]) -> Iterator[tuple[int, str]]:
-    """Lines with their 1-based number, clean of NULs and colours.
+def _limited(remarks: Iterable[Remark]) -> tuple[Remark, ...]:
+    counts: Counter[RemarkKind] = Counter()
+    kept = []
+    for remark in remarks:
+        counts[remark.kind] += 1
+        if counts[remark.kind] <= _MOST_REMARKS:
+            kept.append(remark)
+    return tuple(kept)
 
-    :param lines: text, one line or several per item; or bytes, cut anywhere.
+
+class _Record(NamedTuple):
+    """A piece of a line: one record, or text without a head.
+
+    :param level: ``INFO``, ``WARN``; empty without a head. :param message: without the head. :param text: with it.
     """
-    number = 1
-    rest = b""
-    for item in lines:
-        if isinstance(item, str):
-            for line in item.removesuffix("\n").split("\n"):
-                yield number, _clean(line)
-                number += 1
-            continue
-        # Holes of a file that several processes write are NULs; a NUL beside each letter is UTF-16.
-        *whole, rest = (rest + _NUL_BYTES.sub(b" ", item)).split(b"\n")
-        for raw in whole:
-            yield number, _clean(raw.decode("utf-8", "replace"))
-            number += 1
-        while len(rest) > LONGEST_LINE:
-            piece, rest = rest[:LONGEST_LINE], rest[LONGEST_LINE:]
-            if cut := _last_head(piece):
-                piece, rest = piece[:cut], piece[cut:] + rest
-            yield number, _clean(piece.decode("utf-8", "replace"))
-    if rest:
-        yield number, _clean(rest.decode("utf-8", "replace"))
 
-
-def _last_head(piece: bytes) -> int:
-    """Where the last record begins, which may be whole only with what follows; 0 when it is too far back."""
-    start = 0
-    for head in _HEAD.finditer(piece.decode("latin-1"), LONGEST_LINE // 2):
-        start = head.start()
-    return start
-
-
-def _clean(line: str) -> str:
-    if "\0" in line:
-        line = _NULS.sub(" ", line).replace("\0", "")
-    return _ANSI.sub("", line) if "[" in line else line
+    process: Process | None
+    thread: int | None
+    level: str
+    message: str
+    text: str
 
 
 class _Reader:
@@ -340,132 +253,195 @@ class _Reader:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._links: dict[tuple[int, int | None, str], Seen] = {}
-        self._speakers: set[Process] = set()
-        self._comm_ranks: list[CommRank] = []
-        self._latest: dict[tuple[Process | None, str], int] = {}
+        self._processes: dict[Process | None, ProcessComms] = {}
+        # Lines of one process that differ in the channel's number only, until its next line about a rank.
+        self._known: dict[bytes, dict[tuple[bytes, bytes], Tally]] = {}
         self._nvls_lines: dict[tuple[Process | None, str], LogLine] = {}
         self._networks: Counter[str] = Counter()
         self._versions: dict[str, None] = {}
         self._warnings: dict[str, LogLine] = {}
         self._environment: dict[str, tuple[str, LogLine]] = {}
+        self._remarks: dict[tuple[RemarkKind, str], LogLine] = {}
+        self._remark_counts: Counter[RemarkKind] = Counter()
         self._hosts: set[str] = set()
+        self._names: set[bytes] = set()
         self._records = 0
+        self._is_nccl = False
 
-    def read(self, number: int, line: str) -> None:
-        """Take in one line; the text in front of its first record may hold a record without a head."""
-        for process, text in self._split(line):
-            where = LogLine(self._source, number, text.strip()[:_LONGEST_EVIDENCE])
-            # A search for a word costs less than a pattern that fails, and most lines hold one kind of record.
-            if "via" in text:
-                self._read_channels(process, text, where)
-            if "comm" in text:
-                self._read_communicator(process, text, where)
-            if any(word in text for word in ("Using network", "version", "set by environment", "WARN")):
-                self._read_context(text, where)
+    def read(self, block: Block) -> None:
+        """Take in the lines of a block that are worth it."""
+        self._is_nccl = self._is_nccl or b"NCCL" in block.data
+        match_channel = _UNBROKEN_CHANNEL.fullmatch
+        for start, end in interesting_lines(block):
+            is_channel = block.data.find(b" via ", start, end) > 0
+            match = match_channel(block.data, start, end) if is_channel else None
+            if match is None:
+                self._read_line(block, start, end)
+                continue
+            process, thread, channel = match.groups()
+            tally = self._known.get(process, {}).get((thread, channel))
+            if tally is not None:
+                tally.lines += 1
+                self._records += 1
+                continue
+            tallies = self._read_line(block, start, end)
+            if len(tallies) == 1 and process in self._names:
+                self._known.setdefault(process, {})[thread, channel] = tallies[0]
 
     def result(self) -> NcclLog:
+        shares = tuple(share for process in self._processes.values() for share in process.result())
+        links = merge_links(share.links for share in shares)
         return NcclLog(
             sources=(self._source,),
-            links=self._links,
-            speakers=frozenset(self._speakers),
-            comm_ranks=tuple(self._comm_ranks),
+            links=dict(sorted(links.items(), key=lambda item: item[1].first.line)),
+            speakers=frozenset(
+                share.process
+                for share in shares
+                if share.process and any(dst is not None for _, dst, _ in share.links)
+            ),
+            comm_ranks=tuple(share.rank for share in shares if share.rank),
             nvls_lines=tuple(self._nvls_lines.values()),
             networks=dict(self._networks),
             versions=tuple(self._versions),
             warnings=tuple(self._warnings.values()),
             environment=self._environment,
-            records=self._records,
+            records=self._records or int(self._is_nccl),
+            shares=shares,
+            communicators=join_shares(shares),
+            remarks=tuple(Remark(kind, line) for (kind, _), line in self._remarks.items()),
         )
 
-    def _split(self, line: str) -> Iterator[tuple[Process | None, str]]:
+    def _read_line(self, block: Block, start: int, end: int) -> list[Tally]:
+        line = line_text(block.data[start:end])
+        number = block.number_at(start)
+        tallies: list[Tally] = []
+        for record in self._split(line):
+            where = LogLine(self._source, number, record.text.strip()[:_LONGEST_EVIDENCE])
+            self._records += record.process is not None
+            if record.level == "WARN":
+                self._add_warning(record.message, where)
+                continue
+            # A search for a word costs less than a pattern that fails, and most lines hold one kind of record.
+            if "via" in record.message:
+                tallies += self._read_channels(record, where)
+            elif record.process is not None:
+                self._read_graph(record, where)
+            if "comm " in record.message:
+                self._read_communicator(record, where)
+            if _CONTEXT.search(record.text):
+                self._read_context(record, where)
+        if not tallies and "via" in line:
+            tallies += self._read_broken_channel(block, start, end)
+        return tallies
+
+    def _split(self, line: str) -> Iterator[_Record]:
+        only = _HEAD.match(line)
+        # Nearly all lines are one record from their beginning on.
+        heads = (only,) if only and line.find("NCCL ", only.end()) < 0 else _HEAD.finditer(line)
         process: Process | None = None
-        start = 0
-        for head in _HEAD.finditer(line):
+        thread: int | None = None
+        level = ""
+        start = message = 0
+        for head in heads:
             host = self._host(head["host"])
             end = head.end("host") - len(host)
             if line[start:end].strip():
-                yield process, line[start:end]
-            process, start = (host, int(head["pid"])), end
-            self._records += 1
-        self._records += process is None and "NCCL" in line
-        yield process, line[start:]
+                yield _Record(process, thread, level, line[message:end], line[start:end])
+            process, thread, level = (host, int(head["pid"])), int(head["thread"]), head["level"]
+            start, message = end, head.end()
+        yield _Record(process, thread, level, line[message:], line[start:])
 
     def _host(self, text: str) -> str:
         """The host's name, freed from a torn record that ends where it begins (``via P2P/IPCnode1:80:81``)."""
         if text not in self._hosts:
-            known = max((host for host in self._hosts if text.endswith(host)), key=len, default=None)
+            ends = (text[at:] for at in range(1, len(text)))
+            known = next((end for end in ends if end in self._hosts), None)
             if known is not None and not text.removesuffix(known).endswith(("-", ".", "_")):
                 return known
-            if len(self._hosts) < 4096:
+            if len(self._hosts) < _MOST_HOSTS:
                 self._hosts.add(text)
         return text
 
-    def _read_channels(self, process: Process | None, text: str, where: LogLine) -> None:
-        for channel in channels_in(text, file=where.file, line=where.line):
-            key = (channel.src, channel.dst, channel.transport)
-            seen = self._links.get(key)
-            self._links[key] = Seen(seen.lines + 1, seen.first) if seen else Seen(1, where)
-            if process is not None and channel.dst is not None:
-                self._speakers.add(process)
+    def _comms_of(self, process: Process | None) -> ProcessComms:
+        if process not in self._processes:
+            self._processes[process] = ProcessComms(process)
+            self._names |= {_name(process)} if process else set()
+        return self._processes[process]
 
-    def _read_communicator(self, process: Process | None, text: str, where: LogLine) -> None:
-        for match in _NVLS.finditer(text):
-            key = (process, match["comm"])
-            self._nvls_lines.setdefault(key, where)
-            if key in self._latest:
-                at = self._latest[key]
-                ranks = int(match["ranks"]) if match["ranks"] else None
-                self._comm_ranks[at] = replace(self._comm_ranks[at], nvls=True, nvls_ranks=ranks)
-        for match in _COMM.finditer(text):
-            self._add_comm_rank(_comm_rank(process, match))
+    def _read_channels(self, record: _Record, where: LogLine) -> Iterator[Tally]:
+        for channel in channels_in(record.message, file=where.file, line=where.line, quoted=record.process is None):
+            tally = self._comms_of(record.process).tally(channel, record.thread, where)
+            tally.lines += 1
+            yield tally
 
-    def _add_comm_rank(self, new: CommRank) -> None:
-        at = self._latest.get((new.process, new.comm))
-        if at is not None and (merged := _merge_comm_ranks(self._comm_ranks[at], new)):
-            self._comm_ranks[at] = merged
+    def _read_broken_channel(self, block: Block, start: int, end: int) -> Iterator[Tally]:
+        """A line's end stands in a channel's middle: it goes on in the next line, or began in the one before."""
+        number = block.number_at(start)
+        before, line, after = (
+            line_text(raw) for raw in (block.line_before(start), block.data[start:end], block.line_after(end))
+        )
+        for first, second, at in ((line, after, number), (before, line, number - 1)):
+            *_, record = self._split(first.rstrip())
+            rest = next(self._split(second.strip()))
+            if rest.process is not None or next(channels_in(record.message, file="", line=0), None):
+                continue
+            where = LogLine(self._source, at, f"{record.text.strip()} {rest.text}"[:_LONGEST_EVIDENCE])
+            for joint in (" ", ""):
+                tallies = list(
+                    self._read_channels(record._replace(message=record.message + joint + rest.message), where)
+                )
+                yield from tallies
+                if tallies:
+                    return
+
+    def _read_graph(self, record: _Record, where: LogLine) -> None:
+        """Rings, trees, and what explains choices; text without a head holds none of it."""
+        message = record.message.lstrip()
+        comms = self._comms_of(record.process)
+        if ring := ring_in(message):
+            comms.add_ring(*ring, record.thread)
+        elif (rank := tree_rank(message)) is not None:
+            comms.add_trees(message, rank, record.thread)
+        kind = remark_kind(message)
+        if kind is None:
             return
-        self._latest[new.process, new.comm] = len(self._comm_ranks)
-        self._comm_ranks.append(new)
+        if kind is RemarkKind.CONNECTED:
+            comms.set_connected(record.thread)
+        elif kind is RemarkKind.P2P_CHECK and (answer := all_direct_p2p(message)) is not None:
+            comms.set_direct_p2p(all_direct=answer, thread=record.thread)
+        key = (kind, message)
+        if key not in self._remarks and self._remark_counts[kind] < _MOST_REMARKS:
+            self._remark_counts[kind] += 1
+            self._remarks[key] = where
 
-    def _read_context(self, text: str, where: LogLine) -> None:
-        for match in _NETWORK_CHOSEN.finditer(text):
+    def _read_communicator(self, record: _Record, where: LogLine) -> None:
+        comms = self._comms_of(record.process)
+        headless = record.process is None
+        for made in nvls_records(record.message, quoted=headless):
+            self._nvls_lines.setdefault((record.process, made.comm), where)
+            comms.add_nvls(made)
+        found = comm_record(record.message, record.process, quoted=headless)
+        if found is not None:
+            comms.add_rank(found, record.thread)
+            if record.process is not None:
+                self._known.pop(_name(record.process), None)
+
+    def _read_context(self, record: _Record, where: LogLine) -> None:
+        headless = record.process is None
+        for match in matches(_NETWORK_CHOSEN, record.message, quoted=headless):
             self._networks[match["name"]] += 1
-        for match in _VERSION.finditer(text):
-            self._versions.setdefault(match["nccl"] or f"RCCL {match['rccl']}")
-        for match in _ENVIRONMENT.finditer(text):
+        for match in _VERSION.finditer(record.text):
+            self._versions.setdefault(match["nccl"] or f"RCCL {match['rccl'] or match['hip']}")
+        for match in matches(_ENVIRONMENT, record.message, quoted=headless):
             self._environment.setdefault(match["name"], (match["value"].rstrip("."), where))
-        for match in _WARN.finditer(text):
-            message = match["text"].strip()[:_LONGEST_EVIDENCE]
-            if len(self._warnings) < _MOST_WARNINGS:
-                self._warnings.setdefault(message, LogLine(where.file, where.line, message))
+        if headless and (warning := _WARN.search(record.message)):
+            self._add_warning(warning["text"], where)
+
+    def _add_warning(self, message: str, where: LogLine) -> None:
+        text = message.strip()[:_LONGEST_EVIDENCE]
+        if text and len(self._warnings) < _MOST_WARNINGS:
+            self._warnings.setdefault(text, LogLine(where.file, where.line, text))
 
 
-def _comm_rank(process: Process | None, match: re.Match[str]) -> CommRank:
-    fields = dict(_COMM_FIELD.findall(match["rest"]))
-
-    def number(name: str) -> int | None:
-        return int(fields[name]) if fields.get(name, "").isdecimal() else None
-
-    return CommRank(
-        process=process,
-        comm=match["comm"],
-        rank=int(match["rank"]),
-        nranks=int(match["nranks"]),
-        cuda_dev=number("cudaDev"),
-        nvml_dev=number("nvmlDev"),
-        bus_id=fields.get("busId"),
-        comm_id=fields.get("commId"),
-        n_nodes=number("nNodes"),
-    )
-
-
-def _merge_comm_ranks(old: CommRank, new: CommRank) -> CommRank | None:
-    """Both lines as one; ``None`` when they contradict each other: the address was used again."""
-    facts: dict[str, int | str | None] = {}
-    for name in ("rank", "nranks", "cuda_dev", "nvml_dev", "bus_id", "comm_id", "n_nodes"):
-        before, after = getattr(old, name), getattr(new, name)
-        if before is not None and after is not None and before != after:
-            return None
-        facts[name] = after if before is None else before
-    return replace(old, **facts)  # type: ignore[arg-type]
+def _name(process: Process) -> bytes:
+    return f"{process[0]}:{process[1]}".encode()

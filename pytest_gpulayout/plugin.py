@@ -153,10 +153,10 @@ def vllm_server(
 
 @pytest.fixture
 def transport_report(
-    request: pytest.FixtureRequest, gpu_session: GpuSession, vllm_server: ServerView
+    request: pytest.FixtureRequest, gpu_session: GpuSession, gpu_topology: PlacedLayout, vllm_server: ServerView
 ) -> TransportReport:
     """What the ranks talk over, with evidence; fails on a transport that is not allowed and on missing evidence."""
-    return gpu_session.transport(request.node, vllm_server.server)
+    return gpu_session.transport(request.node, vllm_server.server, gpu_topology)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pytest_gpulayout.layout import Layout
 
 if TYPE_CHECKING:
     from pytest_gpulayout.occupancy import Occupancy, OccupancyReport
+    from pytest_gpulayout.surroundings import Surroundings
     from pytest_gpulayout.topology import Device, Topology
     from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.workload import Workload
@@ -131,7 +132,13 @@ class Server(Protocol):
         """Its log file."""
 
     def nccl_logs(self) -> Sequence[Path]:
-        """Return NCCL's log files, one per process of this server that loaded NCCL."""
+        """Return NCCL's log files, one per process of this server that loaded NCCL; never those of others."""
+
+    def nccl_log_obstacle(self) -> str | None:
+        """Return why they may show no channel, in words a person can act on; ``None`` when nothing hides them."""
+
+    def surroundings(self) -> Surroundings:
+        """Return what surrounds the processes of its ranks: environment, namespaces, /dev/shm, the machine."""
 
     def mapped_segments(self) -> Mapping[int, Collection[str]]:
         """Return the shared-memory segments (paths) each rank has mapped now, by rank."""

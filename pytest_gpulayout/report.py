@@ -17,11 +17,12 @@ from pytest_gpulayout.topology_faults import describe_faults
 from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
 
 if TYPE_CHECKING:
+    from pytest_gpulayout.causes_case import Finding
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.occupancy import OccupancyReport, RankOccupancy
     from pytest_gpulayout.ports import Server, ServerSpec
-    from pytest_gpulayout.transport import Finding, TransportReport, TransportViolation
+    from pytest_gpulayout.transport import TransportReport, TransportViolation
 
 RESULTS_SCHEMA_VERSION = 1
 
@@ -325,6 +326,8 @@ def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[st
     lines = [f"{layout}: {', '.join(facts)}".rstrip()]
     if topology:
         lines += [f"  {sentence}" for sentence in (*topology["faults"], *topology["notes"])]
+    if transport and transport["summary"] != "none needed":
+        lines += [f"  {finding['cause']}: {finding['advice']}" for finding in transport["findings"]]
     if processes := last.get("processes"):
         lines.append(f"  processes: {processes['summary']}{_flag(processes)}")
         lines += [f"    not proved: {sentence}" for sentence in processes["not_proved"]]

@@ -25,6 +25,7 @@ from pytest_gpulayout.errors import (
     ServerError,
     TopologyError,
 )
+from pytest_gpulayout.evidence import collect_transport
 from pytest_gpulayout.gate import PlacedLayout, place_layout, require_launchable
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import parse_requirement
@@ -50,7 +51,7 @@ from pytest_gpulayout.report import (
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_marker
 from pytest_gpulayout.topology import why_unusable
-from pytest_gpulayout.transport import TransportReport, forbidden, judge_cpu, judge_nccl
+from pytest_gpulayout.transport import TransportReport, forbidden
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.wiring import Wiring
 
@@ -314,31 +315,15 @@ class GpuSession:
             start_timeout_s=self.settings.start_timeout_s,
         )
 
-    def transport(self, item: pytest.Item, server: Server) -> TransportReport:
+    def transport(self, item: pytest.Item, server: Server, placed: PlacedLayout) -> TransportReport:
         """Collect the evidence of what the ranks talk over, and fail the test on what is forbidden or missing."""
-        report = self.transport_evidence(server)
+        report = collect_transport(server, placed)
         violations = forbidden(report, self.settings.transports)
         record = transport_record(server.spec.layout, report, violations)
         self.record(item, record)
         if not record["ok"]:
             raise GateBreached(transport_failure(server.spec.layout, report, violations, self.settings.transports))
         return report
-
-    def transport_evidence(self, server: Server) -> TransportReport:
-        """Read NCCL's logs of the server's processes, or what vLLM's CPU backend shows."""
-        if server.spec.platform == "cpu":
-            from pytest_gpulayout.vllm_log import parse_vllm_log
-
-            with server.log.open(encoding="utf-8", errors="replace") as log:
-                facts = parse_vllm_log(log)
-            return judge_cpu(server.spec.layout, facts, server.mapped_segments())
-        from pytest_gpulayout.nccl_log import merge, parse_nccl_log
-
-        logs = []
-        for path in server.nccl_logs():
-            with path.open("rb") as file:
-                logs.append(parse_nccl_log(file, str(path)))
-        return judge_nccl(merge(logs), server.spec.layout)
 
     def judge(self, item: pytest.Item, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> Verdict:
         """Judge a measurement, record the verdict, and fail the test on what is no pass and no matter of policy."""

@@ -38,6 +38,7 @@ from pytest_gpulayout.occupancy import (
     judge_occupancy,
 )
 from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.topology import Device, Topology
 from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
@@ -254,6 +255,14 @@ class FakeServer:
     def nccl_logs(self) -> Sequence[Path]:
         """Return the files that NCCL would have written, one per rank."""
         return sorted(self._nccl_dir.iterdir())
+
+    def nccl_log_obstacle(self) -> str | None:
+        """Return that nothing hides the channels."""
+        return None
+
+    def surroundings(self) -> Surroundings:
+        """Return that nothing is known of what surrounds its ranks, which run nowhere."""
+        return Surroundings()
 
     def mapped_segments(self) -> Mapping[int, Collection[str]]:
         """Return the segments of vLLM's shared-memory communicator; none where the transport is another."""

@@ -1,28 +1,36 @@
 """What vLLM's log says about its processes, ranks and collectives, and which line explains a crash.
 
 Knows the log format of vLLM 0.32 (``vllm/logger.py``), the messages cited beside each pattern, and Python's
-traceback text. Leaves judging to :mod:`~pytest_gpulayout.transport` and opening files to the callers::
+traceback text. Leaves judging to :mod:`~pytest_gpulayout.transport` and :mod:`~pytest_gpulayout.all_reduce`, and
+opening files to the callers::
 
     (Worker_TP0 pid=3504) INFO 11-21 03:43:40 [parallel_state.py:1906] world_size=2 rank=0 local_rank=0 ...
 
 vLLM without several processes, and lines of the libraries below it, have no ``(NAME pid=N)``; Ray puts a second
 one in front, container runtimes a time stamp.
+
+A request can bring text into this log, line breaks included, and vLLM puts its prefix before each line of it. So what
+is said about collectives counts only from the source file that says it, and at the beginning of a message.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Literal
 
 from pytest_gpulayout.nccl_log import LogLine, numbered_lines
+
+AllReduceBackend = Literal["CUSTOM", "SYMM_MEM", "QUICK_REDUCE", "FLASHINFER", "FLASHINFER_PCIE_IPC"]
+"""Those that say why they are off, by the names that ``Using [...] all-reduce backends`` gives them."""
 
 _LONGEST_EVIDENCE = 400
 _PROCESS = re.compile(r"\((?P<name>[A-Za-z][\w.\[\]-]*) pid=(?P<pid>\d{1,10})(?:, ip=[^()]*)?\) ?")
 _RECORD = re.compile(
     r"\b(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) "
-    r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)? \[[^\]\s]+:\d+\] ?"
+    r"(?:\d{4}-)?\d\d-\d\d \d\d:\d\d:\d\d(?:[.,]\d+)? \[(?:[^\]\s]*/)?(?P<source>[^\]\s/]+):\d+\] ?"
 )
 
 # Banner of entrypoints/serve/utils/api_utils.py; v1/engine/core.py; the API server before 0.11.
@@ -36,12 +44,53 @@ _ASSIGNED = re.compile(
     r"rank (?P<rank>\d{1,9}) in world size (?P<world_size>\d{1,9}) is assigned as (?P<places>\w+ rank .*)"
 )
 _PLACE = re.compile(r"(\w+) rank (\d{1,9}|N/A)")
-# distributed/device_communicators/: pynccl.py, cuda_communicator.py, custom_all_reduce.py, cpu_communicator.py.
-_NCCL = re.compile(r"vLLM is using nccl==(\S+)")
-_ALL_REDUCE = re.compile(r"Using (?P<names>\[[^\]]*\]) all-reduce backends .*? for group '(?P<group>[^']*)'")
+# distributed/device_communicators/: the file that logs each of these is in _COLLECTIVES and _BACKEND_OFF.
+_NCCL = re.compile(r"vLLM is using nccl==(?P<name>\S+)")
+_ALL_REDUCE = re.compile(
+    r"Using \[(?P<names>[^\]]*)\] all-reduce backends \(in dispatch order\) for group '(?P<group>[^']*)'"
+    r"(?: out of potential backends: \[(?P<potential>[^\]]*)\])?"
+)
 _QUOTED = re.compile(r"'([^']*)'")
-_CUSTOM_OFF = re.compile(r"Custom allreduce is disabled (?:because|due to) .*")
+_ALL2ALL = re.compile(r"Using (?P<name>\w+) all2all manager\.")
 _CPU_SHM_OFF = re.compile(r"CPU SHM communicator disabled for group (?P<group>[^:\s]+(?::\d+)?)")
+_BACKEND_OFF: Mapping[str, tuple[AllReduceBackend, re.Pattern[str]]] = {
+    # CustomAllreduce.__init__; older releases: "... because this process group spans across nodes".
+    "custom_all_reduce.py": (
+        "CUSTOM",
+        re.compile(r"Custom (?:allreduce is|collectives are) disabled (?:because|due to) (?P<reason>.*)"),
+    ),
+    # can_actually_p2p; the P2P test behind VLLM_SKIP_P2P_CHECK=0.
+    "all_reduce_utils.py": (
+        "CUSTOM",
+        re.compile(r"(?P<reason>Two processes do not agree on the P2P access status on \d+ -> \d+)"),
+    ),
+    # SymmMemCommunicator.__init__, whose one line that says nothing is wrong is "Using override max_size".
+    "symm_mem.py": ("SYMM_MEM", re.compile(r"SymmMemCommunicator: (?!Using )(?P<reason>.*)")),
+    # QuickAllReduce.__init__, init_quick_all_reduce.
+    "quick_all_reduce.py": (
+        "QUICK_REDUCE",
+        re.compile(r"Custom quick allreduce is disabled(?: because| due to|:) (?P<reason>.*)"),
+    ),
+    # FlashInferAllReduce.__init__; _create_workspace, at the first all-reduce.
+    "flashinfer_all_reduce.py": (
+        "FLASHINFER",
+        re.compile(
+            r"(?:FlashInfer All Reduce is disabled because|Failed to initialize FlashInfer All Reduce workspace:) "
+            r"(?P<reason>.*)"
+        ),
+    ),
+    # FlashInferPcieIpcAllReduce.__init__, setup; warmup_flashinfer_pcie_ipc_allreduce.
+    "flashinfer_pcie_ipc_all_reduce.py": (
+        "FLASHINFER_PCIE_IPC",
+        re.compile(r"FlashInfer PCIe IPC all-reduce (?P<reason>(?:was|requires|does not|has no) .*)"),
+    ),
+}
+_HINT = re.compile(r"[.,]? (?:Communicator is not available\. )?To (?:silence|suppress) this warning.*$")
+# EngineCore.__init__ in v1/engine/core.py writes VllmConfig.__str__; the first option of its name is the real one
+# once what stands in quotes (names of models) is out.
+_CONFIG = re.compile(r"Initializing a V1 LLM engine \(.*?\) with config: ")
+_QUOTED_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_CUSTOM_OPTION = re.compile(r"\bdisable_custom_all_reduce=(True|False)\b")
 # utils/ompmultiprocessing.py.
 _CPU_BINDING = re.compile(r"local_rank=(?P<local_rank>\d{1,9}), core ids=\[(?P<cores>(?:\d{1,9}(?:, ?)?)*)\]")
 
@@ -51,13 +100,14 @@ class LogRecord:
     """One line, taken apart; ``None`` and ``""`` where it has no such part.
 
     :param process: innermost ``(NAME pid=N)``. :param level: e.g. ``"ERROR"``.
-    :param message: the rest, indentation kept.
+    :param message: the rest, indentation kept. :param source: the file that logged it, e.g. ``"pynccl.py"``.
     """
 
     process: str
     pid: int | None
     level: str
     message: str
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +144,69 @@ class GroupFact:
 
 
 @dataclass(frozen=True, slots=True)
+class NameFact:
+    """A version or a class that is in use."""
+
+    name: str
+    evidence: LogLine
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduceFact:
+    """The all-reduce backends of a group; which of them serves a call depends on the size of the tensor.
+
+    :param group: e.g. ``tp:0``. :param backends: those that are on, in the order they are tried.
+    :param potential: those that this vLLM knows, likewise.
+    """
+
+    pid: int | None
+    group: str
+    backends: tuple[str, ...]
+    potential: tuple[str, ...]
+    evidence: LogLine
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOffFact:
+    """An all-reduce backend that is off, and why, in vLLM's words without its hint how to silence them."""
+
+    pid: int | None
+    backend: AllReduceBackend
+    reason: str
+    evidence: LogLine
+
+
+@dataclass(frozen=True, slots=True)
+class OptionFact:
+    """An option as the engine took it, whatever brought it there."""
+
+    value: bool
+    evidence: LogLine
+
+
+@dataclass(frozen=True, slots=True)
 class VllmLogFacts:
     """What a server's log says; a fact that is missing was not logged.
 
     :param processes: pid to the last name it used, e.g. ``Worker_TP0``, ``EngineCore``, ``APIServer``.
-    :param all_reduce: group to the all-reduce backends that may serve it, in the order they are tried.
-    :param custom_all_reduce_off: why vLLM's own all-reduce kernel is not used.
+    :param nccl: the version of NCCL that vLLM itself calls.
+    :param all_reduce: one per group of more than one rank that rank 0 is in; older releases do not log it.
+    :param all_reduce_off: one entry per backend and reason, the first that said so.
+    :param custom_all_reduce_disabled: the option ``disable_custom_all_reduce`` of the engine.
+    :param all2all: managers of the all-to-all of expert parallelism, by class (on the CPU backend by name).
     :param cpu_shm_off: groups whose shared-memory communicator is off on the CPU backend.
     :param cpu_cores: local rank to the cores its threads are bound to.
     """
 
     vllm_version: str | None = None
-    nccl_version: str | None = None
+    nccl: NameFact | None = None
     processes: Mapping[int, str] = field(default_factory=dict)
     ranks: tuple[RankFact, ...] = ()
     assignments: tuple[AssignmentFact, ...] = ()
-    all_reduce: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    custom_all_reduce_off: tuple[LogLine, ...] = ()
+    all_reduce: tuple[AllReduceFact, ...] = ()
+    all_reduce_off: tuple[BackendOffFact, ...] = ()
+    custom_all_reduce_disabled: OptionFact | None = None
+    all2all: tuple[NameFact, ...] = ()
     cpu_shm_off: tuple[GroupFact, ...] = ()
     cpu_cores: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
@@ -145,6 +241,7 @@ def parse_record(line: str) -> LogRecord:
         pid=int(process["pid"]) if process else None,
         level=record["level"] if record else "",
         message=line[record.end() :] if record else line[end:],
+        source=record["source"] if record else "",
     )
 
 
@@ -153,40 +250,46 @@ class _Reader:
 
     def __init__(self) -> None:
         self._versions: list[str] = []
-        self._nccl: list[str] = []
+        self._nccl: list[NameFact] = []
         self._processes: dict[int, str] = {}
         self._ranks: list[RankFact] = []
         self._assignments: list[AssignmentFact] = []
-        self._all_reduce: dict[str, tuple[str, ...]] = {}
-        self._custom_off: dict[str, LogLine] = {}
+        self._all_reduce: dict[str, AllReduceFact] = {}
+        self._all_reduce_off: dict[tuple[str, str], BackendOffFact] = {}
+        self._options: list[OptionFact] = []
+        self._all2all: dict[str, NameFact] = {}
         self._cpu_shm_off: list[GroupFact] = []
         self._cpu_cores: dict[int, tuple[int, ...]] = {}
 
     def read(self, record: LogRecord, where: LogLine) -> None:
         if record.pid is not None:
             self._processes[record.pid] = record.process
-        self._read_versions(record.message)
+        self._read_version(record.message)
         self._read_ranks(record, where)
-        self._read_collectives(record, where)
+        self._read_option(record, where)
+        if read := _COLLECTIVES.get(record.source):
+            read(self, record, where)
+        if record.source in _BACKEND_OFF:
+            self._read_backend_off(record, where)
 
     def result(self) -> VllmLogFacts:
         return VllmLogFacts(
             vllm_version=next(iter(self._versions), None),
-            nccl_version=next(iter(self._nccl), None),
+            nccl=next(iter(self._nccl), None),
             processes=self._processes,
             ranks=tuple(self._ranks),
             assignments=tuple(self._assignments),
-            all_reduce=self._all_reduce,
-            custom_all_reduce_off=tuple(self._custom_off.values()),
+            all_reduce=tuple(self._all_reduce.values()),
+            all_reduce_off=tuple(self._all_reduce_off.values()),
+            custom_all_reduce_disabled=next(iter(self._options), None),
+            all2all=tuple(self._all2all.values()),
             cpu_shm_off=tuple(self._cpu_shm_off),
             cpu_cores=self._cpu_cores,
         )
 
-    def _read_versions(self, message: str) -> None:
+    def _read_version(self, message: str) -> None:
         if not self._versions and (match := _VERSION.search(message)):
             self._versions.append(next(group for group in match.groups() if group))
-        if not self._nccl and (match := _NCCL.search(message)):
-            self._nccl.append(match[1])
 
     def _read_ranks(self, record: LogRecord, where: LogLine) -> None:
         if match := _RANK.search(record.message):
@@ -209,13 +312,45 @@ class _Reader:
             cores = tuple(int(core) for core in match["cores"].split(",") if core.strip())
             self._cpu_cores[int(match["local_rank"])] = cores
 
-    def _read_collectives(self, record: LogRecord, where: LogLine) -> None:
-        if match := _ALL_REDUCE.search(record.message):
-            self._all_reduce[match["group"]] = tuple(_QUOTED.findall(match["names"]))
-        elif match := _CUSTOM_OFF.search(record.message):
-            self._custom_off.setdefault(match[0], where)
-        elif match := _CPU_SHM_OFF.search(record.message):
+    def _read_option(self, record: LogRecord, where: LogLine) -> None:
+        if record.source != "core.py" or not (start := _CONFIG.match(record.message)):
+            return
+        if match := _CUSTOM_OPTION.search(_QUOTED_TEXT.sub("''", record.message[start.end() :])):
+            self._options.append(OptionFact(match[1] == "True", replace(where, text=match[0])))
+
+    def _read_nccl(self, record: LogRecord, where: LogLine) -> None:
+        if match := _NCCL.match(record.message):
+            self._nccl.append(NameFact(match["name"], where))
+
+    def _read_cuda(self, record: LogRecord, where: LogLine) -> None:
+        if match := _ALL_REDUCE.match(record.message):
+            backends = tuple(_QUOTED.findall(match["names"]))
+            potential = tuple(_QUOTED.findall(match["potential"] or ""))
+            fact = AllReduceFact(record.pid, match["group"], backends, potential, where)
+            self._all_reduce.setdefault(fact.group, fact)
+        elif match := _ALL2ALL.match(record.message):
+            self._all2all.setdefault(match["name"], NameFact(match["name"], where))
+
+    def _read_cpu(self, record: LogRecord, where: LogLine) -> None:
+        if match := _CPU_SHM_OFF.match(record.message):
             self._cpu_shm_off.append(GroupFact(record.pid, match["group"], where))
+        elif match := _ALL2ALL.match(record.message):
+            self._all2all.setdefault(match["name"], NameFact(match["name"], where))
+
+    def _read_backend_off(self, record: LogRecord, where: LogLine) -> None:
+        backend, pattern = _BACKEND_OFF[record.source]
+        if match := pattern.match(record.message):
+            reason = _HINT.sub("", match["reason"]).rstrip(".,")[:_LONGEST_EVIDENCE]
+            fact = BackendOffFact(record.pid, backend, reason, where)
+            self._all_reduce_off.setdefault((backend, reason), fact)
+
+
+# PyNcclCommunicator.__init__; CudaCommunicator.__init__, _log_all_reduce_backend_selection; CpuCommunicator.__init__.
+_COLLECTIVES: Mapping[str, Callable[[_Reader, LogRecord, LogLine], None]] = {
+    "pynccl.py": _Reader._read_nccl,
+    "cuda_communicator.py": _Reader._read_cuda,
+    "cpu_communicator.py": _Reader._read_cpu,
+}
 
 
 class _Rank(IntEnum):

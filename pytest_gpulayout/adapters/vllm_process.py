@@ -32,12 +32,15 @@ from pytest_gpulayout.adapters import keeper as keeper_script
 from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
 from pytest_gpulayout.adapters.http_session import open_session
+from pytest_gpulayout.adapters.nccl_capture import NCCL_SUBSYSTEMS, NcclCapture
 from pytest_gpulayout.adapters.numa_binding import Binding, bind_server
+from pytest_gpulayout.adapters.surroundings import read_surroundings
 from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.fingerprint import parse_fingerprint
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.occupancy import Occupancy, OccupancyReport, await_idle_devices, judge_occupancy
 from pytest_gpulayout.ports import Endpoint, GpuProcessSource, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.vllm_log import error_cause
 
 TERM_TIMEOUT_S = 20.0
@@ -49,7 +52,6 @@ _REQUEST_TIMEOUT_S = 60.0
 _LONGEST_SOCKET_FOLDER = 60  # vLLM makes Unix sockets named by a UUID in it, and sun_path holds 107 characters
 _WORKER_TITLE = re.compile(r"VLLM::Worker(?P<coordinates>(?:_[A-Z]+\d+)*)")
 _LOG_PREFIX = re.compile(r"^\((?P<who>\w+)[^)]*\) [A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ")
-NCCL_SUBSYSTEMS = "INIT,ENV,GRAPH,P2P,SHM,NET,NVLS"
 _FIND_VLLM = """
 import importlib.util, pathlib, sys
 spec = importlib.util.find_spec("vllm")
@@ -158,12 +160,16 @@ class VllmServer:
         self._messages: dict[str, object] = {}
         self._http = open_session(lambda: self.endpoint)
         self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
+        environment = server_environment(spec, self.endpoint, self._run_dir, self._nccl_dir)
+        self._environment = environment
+        self._nccl = NcclCapture(environment if spec.platform == "cuda" else {}, Path.cwd(), time.time())
+        self._seen: set[int] = set()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def start(self, progress: Progress) -> None:
         """Start the processes and return when the server has proved itself; see :meth:`VllmLauncher.launch`."""
-        self._nccl_dir.mkdir()
+        self._nccl_dir.mkdir(mode=0o700)
         self.log.touch()
         started = time.monotonic()
         self._start_keeper()
@@ -189,7 +195,7 @@ class VllmServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=server_environment(self.spec, self.endpoint, self._run_dir, self._nccl_dir),
+            env=self._environment,
             start_new_session=True,  # Ctrl-C in the terminal is for pytest, which then asks the keeper to stop
             pass_fds=self._locks.files,
         )
@@ -220,8 +226,17 @@ class VllmServer:
     # -- evidence --------------------------------------------------------------------------------------------------
 
     def nccl_logs(self) -> Sequence[Path]:
-        """Return NCCL's files of this server's processes, sorted by name."""
-        return sorted(self._nccl_dir.iterdir())
+        """Return NCCL's files of this server's processes, those that have ended included, sorted by name."""
+        self.pids()
+        return self._nccl.files(self._seen)
+
+    def nccl_log_obstacle(self) -> str | None:
+        """Return why NCCL's files may show no channel, as far as the environment tells."""
+        return self._nccl.obstacle()
+
+    def surroundings(self) -> Surroundings:
+        """Return what surrounds the processes of its ranks now."""
+        return read_surroundings(self.proof.rank_pids)
 
     def mapped_segments(self) -> Mapping[int, Collection[str]]:
         """Return the segments under /dev/shm that each rank has mapped now."""
@@ -321,9 +336,11 @@ class VllmServer:
         if self._keeper is None:
             return
         try:
-            yield from psutil.Process(self._keeper.pid).children(recursive=True)
+            processes = psutil.Process(self._keeper.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return
+        self._seen.update(process.pid for process in processes)
+        yield from processes
 
     def _exit_code(self) -> int | None:
         """The server's exit code, ``None`` while it runs; a keeper that died counts as a server that was killed."""
@@ -412,7 +429,8 @@ def require_vllm(python: str) -> bool:
 def server_environment(spec: ServerSpec, endpoint: Endpoint, run_dir: Path, nccl_dir: Path) -> dict[str, str]:
     """Return the environment of a server: ours on top of the caller's, the caller's own choices kept.
 
-    Whatever the caller has set for ``NCCL_DEBUG*`` or the CPU binding stays as it is.
+    Whatever the caller has set for ``NCCL_DEBUG*`` or the CPU binding stays as it is. By default NCCL's channel lines
+    go to a file per process in a folder of ours: in the server's log, text of a request could stand for them.
     """
     environment = dict(os.environ)
     environment |= {

@@ -24,6 +24,7 @@ PLUGIN_LAYER = {
         "options",
         "settings",
         "wiring",
+        "evidence",
         "performance",
         "live",
         "hookspecs",

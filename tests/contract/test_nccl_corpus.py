@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pytest_gpulayout.nccl_log import NcclLog, parse_nccl_log
-from pytest_gpulayout.transport import TransportFamily, family_of, judge_nccl
+from pytest_gpulayout.transport import TransportFamily, family_of
+from pytest_gpulayout.transport_nccl import judge_nccl
 
 ROOT = Path(os.environ.get("GPULAYOUT_CORPUS") or Path(__file__).parents[3] / "shared" / "corpus") / "nccl"
 CASES = sorted(path.parent for path in ROOT.glob("*/meta.json"))

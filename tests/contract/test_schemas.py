@@ -20,7 +20,7 @@ from pytest_gpulayout.report import performance_record, results_document, topolo
 from pytest_gpulayout.schemas import load_schema, validate
 from pytest_gpulayout.testing import FakeLoadDriver, FakeTopologySource
 from pytest_gpulayout.topology_document import topology_from_document, topology_to_document
-from pytest_gpulayout.transport import judge_nccl
+from pytest_gpulayout.transport_nccl import judge_nccl
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.workload import BUILTIN_WORKLOADS, workload_from_mapping
 

@@ -1,6 +1,6 @@
 """Damaged listings: each is read as a topology that its schema accepts, or refused in words, and that at once.
 
-The number of listings is ``GPULAYOUT_FUZZ`` (3000 by default), the seed ``GPULAYOUT_FUZZ_SEED``; both are printed
+The number of listings is ``GPULAYOUT_FUZZ`` (500 by default), the seed ``GPULAYOUT_FUZZ_SEED``; both are printed
 with the listing that failed.
 """
 
@@ -23,7 +23,7 @@ from pytest_gpulayout.schemas import validate
 from pytest_gpulayout.topology_document import topology_to_document
 from pytest_gpulayout.topology_text import parse_topology_text
 
-COUNT = int(os.environ.get("GPULAYOUT_FUZZ", "3000"))
+COUNT = int(os.environ.get("GPULAYOUT_FUZZ", "500"))
 SEED = int(os.environ.get("GPULAYOUT_FUZZ_SEED", "20240229"))
 CORPUS = Path(os.environ.get("GPULAYOUT_CORPUS") or Path(__file__).parents[2] / "../shared/corpus") / "topo"
 SLOWEST_S = 1.0

@@ -25,6 +25,8 @@ from pytest_gpulayout.adapters import vllm_process
 from tests.native.build import FakeGpu, FakeMachine, FakePair, build_fake_nvml, fake_nvml_environment, write_machine
 from tests.support.processes import FAKE_VLLM, processes_marked, somebody_computes, wait_until
 
+pytestmark = pytest.mark.end_to_end
+
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
 GATE = [*PYTEST, "--pyargs", "pytest_gpulayout.gates"]
 OPTIONS = ["--gpu-model=org/model", "--gpu-baseline=off"]

@@ -14,7 +14,6 @@ TRANSPORT = "def test_it(transport_report): print('verdict', transport_report.ve
     [
         ("P2P/CUMEM", "tp2", "ok P2P/CUMEM x4"),
         ("P2P/IPC/read", "tp4", "ok P2P/IPC/read x8"),
-        ("SHM/direct/direct", "tp2", "shm SHM/direct/direct x4"),
         ("NET/IB/0/GDRDMA", "tp2", "ok NET/IB/0/GDRDMA x8"),
         ("NET/FastSocket/0", "tp2", "ok NET/FastSocket/0 x8"),
         ("P2P/CUMEM", "tp1", "ok none needed"),
@@ -29,6 +28,32 @@ def test_transport_that_is_allowed(suite: Suite, transport: str, layout: str, sh
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines([f"*verdict {shown}"])
     result.stdout.fnmatch_lines([f"{layout}: worst link *, transport {shown.partition(' ')[2]}, vLLM *"])
+
+
+def test_shared_memory_is_allowed_where_the_gpus_cannot_reach_each_other(suite: Suite) -> None:
+    suite.fakes(topology="link='PHB'", launcher="transport='SHM/direct/direct'")
+    suite.write(test_it=TRANSPORT)
+
+    result = suite.run("--gpu-layout=tp2", "-s")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*verdict ok SHM/direct/direct x4"])
+
+
+def test_shared_memory_in_place_of_p2p_fails(suite: Suite) -> None:
+    suite.fakes(topology="link='NV4'", launcher="transport='SHM/direct/direct'")
+    suite.write(test_it=TRANSPORT)
+
+    result = suite.run("--gpu-layout=tp2")
+
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "  found: ranks 0 -> 1: transport SHM/direct/direct, allowed: all but NET/Socket and CPU/GLOO, and shared "
+            "memory only where the GPUs cannot reach each other directly, which these can",
+            "    a loss: the GPUs are linked by NV4, where NCCL uses P2P unless something forbids it",
+        ]
+    )
 
 
 def test_socket_fails_with_rank_pair_file_and_line(suite: Suite) -> None:

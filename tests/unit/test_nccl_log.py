@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_gpulayout import nccl_log
-from pytest_gpulayout.nccl_log import LogLine, NcclLog, channels_in, is_socket, merge, parse_nccl_log
+from pytest_gpulayout import nccl_lines
+from pytest_gpulayout.nccl_log import (
+    LogLine,
+    NcclLog,
+    RemarkKind,
+    channels_in,
+    is_socket,
+    is_torn,
+    merge,
+    parse_nccl_log,
+)
 
 HEAD = "gpu-a1:310:344 [0] NCCL INFO "
 
@@ -75,6 +84,107 @@ def test_other_lines_are_no_channels(line: str) -> None:
 
     assert log.links == {}
     assert log.socket_lines == ()
+
+
+@pytest.mark.parametrize(
+    ("transport", "torn"),
+    [
+        *((f"NET/{'Socket'[:length]}", True) for length in range(1, 6)),
+        *((text, True) for text in ("N", "NE", "NET", "NET/", "NET/Sock/0", "NET/Sock et")),
+        *((text, False) for text in ("NET/Socket", "NET/Socket/0", "NET/IB", "NET/SHARP/0", "NET/FastSocket/0")),
+        *((text, False) for text in ("P2P", "SHM", "P2P/IPC/rea", "direct shared memory", "COLLNET/SHARP/0")),
+    ],
+)
+def test_torn_transport_is_told(transport: str, torn: bool) -> None:
+    assert is_torn(transport) is torn
+
+
+@pytest.mark.parametrize("kept", ["N", "NET", "NET/Sock"])
+@pytest.mark.parametrize("after", ["", " ", "gpu-b2:410:433 [1] NCCL INFO Connected all rings"])
+def test_record_cut_inside_a_socket_is_kept_and_marked(kept: str, after: str) -> None:
+    line = HEAD + f"Channel 00/0 : 0[0] -> 1[0] [send] via {kept}{after}"
+
+    log = parse("gpu-b2:410:433 [1] NCCL INFO NET/Plugin: none", line)
+
+    assert log.edges == {(0, 1): {kept: 1}}
+    assert [where.line for where in log.torn_lines] == [2]
+
+
+def test_words_behind_a_socket_do_not_hide_it() -> None:
+    log = parse(HEAD + "Channel 00/0 : 0[0] -> 1[0] [send] via NET/Socket INFO 01-15 loading shard 3/5")
+
+    assert log.transports == {"NET/Socket": 1}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [HEAD + "Channel 00/0 : 0[0] -> 1[0] [send]", "via NET/Socket/0"],
+        [HEAD + "Channel 00/0 : 0[0] ->", "1[0] [send] via NET/Socket/0\r"],
+        [HEAD + "Channel 00/0 : 0[0] -> 1[0] [send] via", "NET/Socket/0"],
+        ["Channel 00/0 : 0[0] -> 1[0] [se", "nd] via NET/Socket/0"],
+    ],
+)
+def test_channel_broken_by_a_line_end_is_put_together(lines: list[str]) -> None:
+    log = parse("one", *lines, HEAD + "Connected all rings")
+
+    assert log.transports == {"NET/Socket/0": 1}
+    assert [where.line for where in log.socket_lines] == [2]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [HEAD + "Channel 00/0 : 0[0] -> 1[0] [send] via", HEAD + "NET/Socket : Using [0]eth0:192.0.2.7<0>"],
+        [HEAD + "Channel 00/0 : 0[0] -> 1[0] [send]", HEAD + "via NET/Socket/0"],
+        [HEAD + "Channel 00/0 : 0[0] -> 1[0] [send]", "", "via NET/Socket/0"],
+    ],
+)
+def test_lines_that_do_not_belong_together_are_left_apart(lines: list[str]) -> None:
+    assert parse(*lines).links == {}
+
+
+def test_record_that_only_quotes_a_channel_is_none() -> None:
+    quoted = HEAD + "Channel 00/0 : 0[0] -> 1[1] via P2P/IPC"
+
+    assert parse(HEAD + "NCCL_TOPO_FILE set by environment to /x Channel 00/0 : 0[0] -> 1[1] via P2P/IPC").links == {}
+    assert len(parse(HEAD + "NCCL_TOPO_FILE set by environment to /x " + quoted).links) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("NET/Plugin: Could not find: libnccl-net.so", RemarkKind.PLUGIN),
+        ("NET/Plugin : No plugin found (libnccl-net.so), using internal implementation", RemarkKind.PLUGIN),
+        ("Assigned NET plugin AWS Libfabric to comm", RemarkKind.PLUGIN),
+        ("Failed to initialize NET plugin IB", RemarkKind.PLUGIN),
+        ("NET/IB : No device found.", RemarkKind.NO_INFINIBAND),
+        ("NET/Socket : no interface found", RemarkKind.NO_INTERFACE),
+        ("P2P is disabled between connected GPUs 0 and 1. You can repress this", RemarkKind.P2P_DISABLED),
+        ("Check P2P Type intraNodeP2pSupport 1 directMode 0", RemarkKind.P2P_CHECK),
+        ("cuMem host allocations do not appear to be working; falling back", RemarkKind.CUMEM_HOST_REFUSED),
+        ("MNNVL 1 cliqueId 2 cliqueSize 8 cliqueRank 0", RemarkKind.MNNVL),
+        ("NVLS multicast support is not available on dev 0", RemarkKind.NVLS_SUPPORT),
+        ("Connected NVLS tree", RemarkKind.CONNECTED),
+        ("misc/socket.cc:537 -> 2", RemarkKind.ERROR),
+        ("/build/rccl/src/transport/net_ib.cc:708 -> 2", RemarkKind.ERROR),
+        ("init.cc:12 -> 7", None),  # still in progress
+        ("NET/IB : Using [0]mlx5_0:1/IB", None),
+        ("Setting affinity for GPU 0 to 0-47", None),
+    ],
+)
+def test_remarks(message: str, kind: RemarkKind | None) -> None:
+    log = parse("", HEAD + message, HEAD + message)
+
+    assert [(remark.kind, remark.line) for remark in log.remarks] == (
+        [(kind, LogLine("nccl.log", 2, HEAD + message))] if kind else []
+    )
+
+
+def test_errors_and_remarks_are_limited() -> None:
+    lines = [HEAD + f"misc/socket.cc:{number} -> 2" for number in range(300)]
+
+    assert len(parse(*lines).errors) == len(merge([parse(*lines), parse(*lines)]).errors) == 50
 
 
 def test_channel_record_keeps_its_details() -> None:
@@ -323,7 +433,8 @@ def test_no_text_is_an_error(noise: list[str | bytes], number: int) -> None:
 
 
 def test_endless_line_is_read_in_pieces_and_loses_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl_log, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(nccl_lines, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(nccl_lines, "BLOCK_BYTES", 100)
     record = (HEAD + "Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read ").encode()
 
     log = parse_nccl_log((record for _ in range(200)), "nccl.log")

@@ -29,7 +29,8 @@ from pytest_gpulayout.report import (
 from pytest_gpulayout.schemas import validate
 from pytest_gpulayout.testing import FakeTopologySource
 from pytest_gpulayout.tolerance import parse_tolerances
-from pytest_gpulayout.transport import AllowedTransports, forbidden, judge_nccl, parse_allowed
+from pytest_gpulayout.transport import AllowedTransports, forbidden, parse_allowed
+from pytest_gpulayout.transport_nccl import judge_nccl
 from pytest_gpulayout.verdict import Look, MetricVerdict, Status, Verdict
 from tests.support.measurements import baseline_of, measurement_of
 

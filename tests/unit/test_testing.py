@@ -32,7 +32,8 @@ from pytest_gpulayout.testing import (
 )
 from pytest_gpulayout.topology import Device
 from pytest_gpulayout.trace import RunTrace
-from pytest_gpulayout.transport import judge_cpu, judge_nccl
+from pytest_gpulayout.transport_cpu import judge_cpu
+from pytest_gpulayout.transport_nccl import judge_nccl
 from pytest_gpulayout.vllm_log import parse_vllm_log
 from pytest_gpulayout.workload import Workload
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpulayout.vllm_log import LogRecord, VllmLogFacts, error_cause, parse_record, parse_vllm_log
+from pytest_gpulayout.nccl_log import LogLine
+from pytest_gpulayout.vllm_log import LogRecord, NameFact, VllmLogFacts, error_cause, parse_record, parse_vllm_log
 
 API = "(APIServer pid=30) "
 ENGINE = "(EngineCore pid=31) "
@@ -25,24 +26,28 @@ def raised(exception: str, *, before: str = "") -> str:
     [
         (
             "(Worker_TP0 pid=3504) INFO 11-21 03:43:40 [parallel_state.py:1906] world_size=2",
-            LogRecord("Worker_TP0", 3504, "INFO", "world_size=2"),
+            LogRecord("Worker_TP0", 3504, "INFO", "world_size=2", "parallel_state.py"),
         ),
         (
             "(EngineCore pid=1) ERROR 11-21 03:43:40 [core.py:999]     raise RuntimeError(",
-            LogRecord("EngineCore", 1, "ERROR", "    raise RuntimeError("),
+            LogRecord("EngineCore", 1, "ERROR", "    raise RuntimeError(", "core.py"),
         ),
         (
             "(EngineCore_DP0 pid=7) (RayWorkerWrapper pid=9, ip=192.0.2.3) WARNING 11-12 11:11:57 [a.py:1] text",
-            LogRecord("RayWorkerWrapper", 9, "WARNING", "text"),
+            LogRecord("RayWorkerWrapper", 9, "WARNING", "text", "a.py"),
         ),
-        ("INFO 01-15 08:10:11 [pynccl.py:103] text", LogRecord("", None, "INFO", "text")),
+        ("INFO 01-15 08:10:11 [pynccl.py:103] text", LogRecord("", None, "INFO", "text", "pynccl.py")),
+        (
+            "(Worker pid=5) DEBUG 01-15 08:10:11 [distributed/device_communicators/pynccl.py:103] text",
+            LogRecord("Worker", 5, "DEBUG", "text", "pynccl.py"),
+        ),
         (
             "2025-11-21T03:43:40.1Z stdout F (APIServer pid=5) INFO 11-21 03:43:40 [a.py:1] text\r",
-            LogRecord("APIServer", 5, "INFO", "text"),
+            LogRecord("APIServer", 5, "INFO", "text", "a.py"),
         ),
         (
             "\x1b[1;36m(APIServer pid=5)\x1b[0m INFO 11-21 03:43:40 [a.py:1] text",
-            LogRecord("APIServer", 5, "INFO", "text"),
+            LogRecord("APIServer", 5, "INFO", "text", "a.py"),
         ),
         ("(EngineCore_0 pid=8) Process EngineCore_0:", LogRecord("EngineCore_0", 8, "", "Process EngineCore_0:")),
         ("killed VLLM (Worker pid=9) here", LogRecord("", None, "", "killed VLLM (Worker pid=9) here")),
@@ -66,27 +71,173 @@ def test_facts_of_a_server_with_two_ranks() -> None:
         "(Worker pid=32) INFO 11-21 03:43:40 [parallel_state.py:2350] rank 0 in world size 2 is assigned as "
         "DP rank 0, PP rank 0, PCP rank 0, TP rank 0, ETP rank 0, EP rank N/A, EPLB rank N/A",
         "(Worker pid=32) INFO 11-21 03:43:41 [pynccl.py:148] vLLM is using nccl==2.27.7",
-        "(Worker pid=32) INFO 11-21 03:43:41 [cuda_communicator.py:340] Using ['CUSTOM', 'PYNCCL'] all-reduce "
-        "backends (in dispatch order) for group 'tp:0' out of potential backends: ['CUSTOM', 'PYNCCL'].",
-        "(Worker pid=32) WARNING 11-21 03:43:41 [custom_all_reduce.py:270] Custom allreduce is disabled because it's "
-        "not supported on more than two PCIe-only GPUs. To silence this warning, specify "
-        "disable_custom_all_reduce=True explicitly.",
         f"{WORKER}INFO 11-21 03:43:41 [cpu_model_runner.py:68] Starting to load model",
     ]
 
     facts = parse_vllm_log(lines, "server.log")
 
-    assert (facts.vllm_version, facts.nccl_version) == ("0.32.0", "2.27.7")
+    assert facts.vllm_version == "0.32.0"
+    assert facts.nccl == NameFact("2.27.7", LogLine("server.log", 6, "vLLM is using nccl==2.27.7"))
     assert facts.processes == {30: "APIServer", 31: "EngineCore", 32: "Worker", 33: "Worker_TP1"}
     assert facts.cpu_cores == {0: (0, 1), 1: (2,)}
-    assert facts.all_reduce == {"tp:0": ("CUSTOM", "PYNCCL")}
     (rank,) = facts.ranks
     assert (rank.pid, rank.rank, rank.local_rank, rank.world_size) == (33, 1, 1, 2)
     assert (rank.init_method, rank.backend) == ("tcp://127.0.0.1:29611", "nccl")
     assert (rank.evidence.file, rank.evidence.line) == ("server.log", 4)
     (assignment,) = facts.assignments
     assert (assignment.rank, assignment.places["TP"], assignment.places["EP"]) == (0, 0, None)
-    assert "more than two PCIe-only GPUs" in facts.custom_all_reduce_off[0].text
+
+
+# -- collectives -----------------------------------------------------------------------------------------------------
+
+
+def said(source: str, message: str, *, level: str = "WARNING", pid: int = 32) -> str:
+    return f"(Worker pid={pid}) {level} 11-21 03:43:41 [{source}:7] {message}"
+
+
+BACKENDS = (
+    "Using ['CUSTOM', 'PYNCCL'] all-reduce backends (in dispatch order) for group 'tp:0' "
+    "out of potential backends: ['FLASHINFER', 'CUSTOM', 'PYNCCL']."
+)
+
+
+def test_all_reduce_backends_of_each_group() -> None:
+    older = "Using [] all-reduce backends (in dispatch order) for group '<unnamed>'"
+    lines = [said("cuda_communicator.py", BACKENDS), said("cuda_communicator.py", older, pid=33)]
+
+    tensor_parallel, unnamed = parse_vllm_log([*lines, lines[0].replace("'CUSTOM', ", "")]).all_reduce
+
+    assert (tensor_parallel.group, tensor_parallel.pid) == ("tp:0", 32)
+    assert tensor_parallel.backends == ("CUSTOM", "PYNCCL")
+    assert tensor_parallel.potential == ("FLASHINFER", "CUSTOM", "PYNCCL")
+    assert (tensor_parallel.evidence.line, tensor_parallel.evidence.text) == (1, BACKENDS)
+    assert (unnamed.group, unnamed.pid, unnamed.backends, unnamed.potential) == ("<unnamed>", 33, (), ())
+
+
+OFF = [
+    (
+        "custom_all_reduce.py",
+        "Custom allreduce is disabled because it's not supported on more than two PCIe-only GPUs. To silence this "
+        "warning, specify disable_custom_all_reduce=True explicitly.",
+        ("CUSTOM", "it's not supported on more than two PCIe-only GPUs"),
+    ),
+    (
+        "custom_all_reduce.py",
+        "Custom allreduce is disabled due to an unsupported world size: 3. Supported world sizes: [2, 4, 6, 8, 16]. "
+        "To silence this warning, specify disable_custom_all_reduce=True explicitly.",
+        ("CUSTOM", "an unsupported world size: 3. Supported world sizes: [2, 4, 6, 8, 16]"),
+    ),
+    (
+        "custom_all_reduce.py",
+        "Custom collectives are disabled because this multi-node group does not support MNNVL multicast.",
+        ("CUSTOM", "this multi-node group does not support MNNVL multicast"),
+    ),
+    (
+        "custom_all_reduce.py",
+        "Custom allreduce is disabled because of missing custom allreduce library",
+        ("CUSTOM", "of missing custom allreduce library"),
+    ),
+    (
+        "all_reduce_utils.py",
+        "Two processes do not agree on the P2P access status on 0 -> 1, treat as disabled.",
+        ("CUSTOM", "Two processes do not agree on the P2P access status on 0 -> 1"),
+    ),
+    (
+        "symm_mem.py",
+        "SymmMemCommunicator: Device capability 8.0 not supported, communicator is not available.",
+        ("SYMM_MEM", "Device capability 8.0 not supported, communicator is not available"),
+    ),
+    (
+        "symm_mem.py",
+        "SymmMemCommunicator: symmetric memory initialization failed: CUDA driver error: 999 Communicator is not "
+        "available. To suppress this warning set VLLM_ALLREDUCE_USE_SYMM_MEM=0",
+        ("SYMM_MEM", "symmetric memory initialization failed: CUDA driver error: 999"),
+    ),
+    ("symm_mem.py", "SymmMemCommunicator: Using override max_size: 64 bytes", None),
+    (
+        "quick_all_reduce.py",
+        "Custom quick allreduce is disabled because this process group spans across nodes.",
+        ("QUICK_REDUCE", "this process group spans across nodes"),
+    ),
+    ("quick_all_reduce.py", "Custom quick allreduce: min size override = 2 MB", None),
+    (
+        "flashinfer_all_reduce.py",
+        "FlashInfer All Reduce is disabled because it is not supported for world_size=3.",
+        ("FLASHINFER", "it is not supported for world_size=3"),
+    ),
+    (
+        "flashinfer_all_reduce.py",
+        "Failed to initialize FlashInfer All Reduce workspace: multicast refused. This is expected on GPUs without "
+        "NVSwitch (e.g., NVLink bridge-only or PCIe topologies).",
+        (
+            "FLASHINFER",
+            "multicast refused. This is expected on GPUs without NVSwitch (e.g., NVLink bridge-only or PCIe "
+            "topologies)",
+        ),
+    ),
+    (
+        "flashinfer_pcie_ipc_all_reduce.py",
+        "FlashInfer PCIe IPC all-reduce requires the CUDA platform.",
+        ("FLASHINFER_PCIE_IPC", "requires the CUDA platform"),
+    ),
+    ("flashinfer_pcie_ipc_all_reduce.py", "Initialized FlashInfer PCIe IPC all-reduce for TP2, dtype=x.", None),
+]
+
+
+@pytest.mark.parametrize(("source", "message", "fact"), OFF)
+def test_backend_that_is_off_and_why(source: str, message: str, fact: tuple[str, str] | None) -> None:
+    # Every rank says it.
+    facts = parse_vllm_log([said(source, message), said(source, message, pid=33)], "server.log")
+
+    assert [(off.backend, off.reason) for off in facts.all_reduce_off] == ([fact] if fact else [])
+    assert [(off.pid, off.evidence) for off in facts.all_reduce_off] == (
+        [(32, LogLine("server.log", 1, message))] if fact else []
+    )
+
+
+@pytest.mark.parametrize("name", ["AgRsAll2AllManager", "DeepEPHTAll2AllManager"])
+def test_all_to_all_manager(name: str) -> None:
+    (fact,) = parse_vllm_log([said("cuda_communicator.py", f"Using {name} all2all manager.", level="INFO")]).all2all
+    assert (fact.name, fact.evidence.line) == (name, 1)
+
+
+def test_all_to_all_manager_of_the_cpu_backend() -> None:
+    line = said("cpu_communicator.py", "Using allgather_reducescatter all2all manager.", level="INFO")
+    assert [fact.name for fact in parse_vllm_log([line, line]).all2all] == ["allgather_reducescatter"]
+
+
+@pytest.mark.parametrize(
+    ("config", "value"),
+    [
+        ("model='m', dcp_comm_backend=ag_rs, disable_custom_all_reduce=True, quantization=None", True),
+        ("model='m', disable_custom_all_reduce=False, served_model_name=disable_custom_all_reduce=True", False),
+        ("model='disable_custom_all_reduce=True, ', disable_custom_all_reduce=False, seed=0", False),
+        ('model="it\'s, disable_custom_all_reduce=True", disable_custom_all_reduce=False, seed=0', False),
+        ("model='m', dtype=torch.bfloat16", None),
+    ],
+)
+def test_option_that_the_engine_took(config: str, value: bool | None) -> None:
+    start = "Initializing a V1 LLM engine (v0.32.0) with config: "
+    option = parse_vllm_log([said("core.py", start + config, level="INFO")]).custom_all_reduce_disabled
+    assert (option and option.value) is value
+    assert option is None or option.evidence.text == f"disable_custom_all_reduce={value}"
+
+
+@pytest.mark.parametrize("message", [BACKENDS, *(message for _, message, fact in OFF if fact)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{message}",
+        "(APIServer pid=30) INFO 11-21 03:45:00 [logger.py:40] {message}",
+        "(APIServer pid=30) INFO 11-21 03:45:00 [logger.py:40] (Worker pid=32) INFO 11-21 03:45:00 "
+        "[cuda_communicator.py:7] {message}",
+        "(Worker pid=32) INFO 11-21 03:45:00 [cuda_communicator.py:7] prompt: '{message}'",
+        "INFO:     127.0.0.1:5 - GET /[custom_all_reduce.py:7] {message}",
+    ],
+)
+def test_text_of_a_request_is_no_fact(line: str, message: str) -> None:
+    facts = parse_vllm_log([line.format(message=message)])
+    assert (facts.all_reduce, facts.all_reduce_off, facts.cpu_shm_off) == ((), (), ())
 
 
 def test_group_whose_shared_memory_is_off() -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import requests
 
 from pytest_gpulayout.adapters import device_lock, vllm_process
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
+from pytest_gpulayout.adapters.nccl_capture import NcclCapture, expand_debug_file
 from pytest_gpulayout.adapters.numa_binding import Binding
 from pytest_gpulayout.adapters.vllm_process import (
     VllmLauncher,
@@ -535,6 +538,154 @@ def gone(server: VllmServer) -> bool:
     except ServerExited:
         return True
     return False
+
+
+# -- NCCL's log ------------------------------------------------------------------------------------------------------
+
+HOST = socket.gethostname().partition(".")[0]
+
+
+def nccl_file(path: Path, *, age_s: float = 0.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x:1:1 [0] NCCL INFO x\n")
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def test_log_of_nccl_is_private_and_holds_this_servers_processes_only(
+    on_gpus: ServerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    server = VllmLauncher(tmp_path).launch(on_gpus, lambda _: None)
+    folder = log_of(tmp_path).parent / "nccl"
+    try:
+        worker, *_ = ranks = list(server.proof.rank_pids.values())
+        own = sorted(nccl_file(folder / f"nccl.{HOST}.{pid}.log") for pid in ranks)
+        nccl_file(folder / f"nccl.{HOST}.{os.getpid()}.log")
+        nccl_file(folder / f"nccl.other-host.{worker}.log")
+        nccl_file(folder / f"copy-of-nccl.{HOST}.{worker}.log")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert server.nccl_logs() == own
+        assert server.nccl_log_obstacle() is None
+    finally:
+        server.stop()
+    assert server.nccl_logs() == own
+
+
+def test_cpu_platform_has_no_log_of_nccl(launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG_FILE", str(nccl_file(tmp_path / "nccl.log")))
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    server = launch("tp2")
+    assert (server.nccl_logs(), server.nccl_log_obstacle()) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("nccl.%h.%p.log", "nccl.node7.42.log"),
+        ("/logs/%p", "/logs/42"),
+        ("100%%%p", "100%42"),
+        ("%%p.%p", "%p.42"),
+        ("~/%x%", "~/%x%"),
+        ("", ""),
+    ],
+)
+def test_name_of_a_debug_file(pattern: str, name: str) -> None:
+    assert expand_debug_file(pattern, "node7", 42) == name
+
+
+@pytest.mark.parametrize("host", ["node7", "node7.example.com", "node%7"])
+def test_files_of_the_user_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    written = {"node7": "node7", "node7.example.com": "node7", "node%7": "node-7"}[host]
+    own = nccl_file(tmp_path / "logs" / f"{written}-42")
+    nccl_file(tmp_path / "logs" / f"{written}-43")
+    capture = NcclCapture({"NCCL_DEBUG_FILE": "logs/%h-%p"}, tmp_path, time.time())
+    assert capture.files([41, 42]) == [own]
+    assert capture.files([]) == []
+
+
+def test_files_from_before_the_start_and_what_is_no_file_are_left_out(tmp_path: Path) -> None:
+    fresh = nccl_file(tmp_path / "1")
+    nccl_file(tmp_path / "2", age_s=60)
+    os.mkfifo(tmp_path / "3")
+    (tmp_path / "4").mkdir()
+    capture = NcclCapture({"NCCL_DEBUG_FILE": str(tmp_path / "%p")}, Path("/"), time.time())
+    assert capture.files(range(6)) == [fresh]
+
+
+def test_one_file_of_all_processes_is_read_since_nothing_else_can_be_known(tmp_path: Path) -> None:
+    shared = nccl_file(tmp_path / "nccl.log")
+    assert NcclCapture({"NCCL_DEBUG_FILE": "nccl.log"}, tmp_path, time.time()).files([1, 2]) == [shared]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, None),
+        ({"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "ALL", "NCCL_DEBUG_FILE": "nccl.%p"}, None),
+        ({"NCCL_DEBUG": "trace"}, None),
+        ({"NCCL_DEBUG": "WARN"}, "NCCL_DEBUG=WARN is set in the environment and hides all channels: unset it"),
+        ({"NCCL_DEBUG": "version"}, "NCCL_DEBUG=version is set in the environment and hides all channels: unset it"),
+        ({"NCCL_DEBUG": ""}, "NCCL_DEBUG= is set in the environment and hides all channels: unset it"),
+        ({"NCCL_DEBUG_SUBSYS": "init,env"}, None),
+        ({"NCCL_DEBUG_SUBSYS": "P2P,SHM,NET"}, None),
+        ({"NCCL_DEBUG_SUBSYS": "^INIT"}, None),
+        ({"NCCL_DEBUG_SUBSYS": "^COLL,TUNING"}, None),
+        (
+            {"NCCL_DEBUG_SUBSYS": "COLL"},
+            "NCCL_DEBUG_SUBSYS=COLL is set in the environment and hides channels over P2P, SHM, NET: unset it",
+        ),
+        (
+            {"NCCL_DEBUG_SUBSYS": "NET,GRAPH"},
+            "NCCL_DEBUG_SUBSYS=NET,GRAPH is set in the environment and hides channels over P2P, SHM: unset it",
+        ),
+        (
+            {"NCCL_DEBUG_SUBSYS": "^init,net"},
+            "NCCL_DEBUG_SUBSYS=^init,net is set in the environment and hides channels over NET: unset it",
+        ),
+        (
+            {"NCCL_DEBUG_SUBSYS": ""},
+            "NCCL_DEBUG_SUBSYS= is set in the environment and hides channels over P2P, SHM, NET: unset it",
+        ),
+        ({"NCCL_DEBUG_FILE": "/dev/shm/nccl.%p"}, None),
+        (
+            {"NCCL_DEBUG_FILE": "/dev/stderr"},
+            "NCCL_DEBUG_FILE=/dev/stderr is set in the environment, so NCCL writes between other output, which can "
+            "look like it, and is not read: unset it",
+        ),
+        (
+            {"NCCL_DEBUG_FILE": ""},
+            "NCCL_DEBUG_FILE= is set in the environment, so NCCL writes between other output, which can look like "
+            "it, and is not read: unset it",
+        ),
+        (
+            {"NCCL_DEBUG_FILE": "~/%p"},
+            "NCCL_DEBUG_FILE=~/%p is set in the environment, and the folder FOLDER/~ is not there: make it, or unset "
+            "the variable",
+        ),
+        (
+            {"NCCL_DEBUG_FILE": "%h.log"},
+            "NCCL_DEBUG_FILE=%h.log is set in the environment without %p, so processes overwrite each other's lines: "
+            "add .%p to the name, or unset it",
+        ),
+        (
+            {"NCCL_DEBUG": "WARN", "NCCL_DEBUG_FILE": "%%p"},
+            "NCCL_DEBUG=WARN is set in the environment and hides all channels: unset it; NCCL_DEBUG_FILE=%%p is set "
+            "in the environment without %p, so processes overwrite each other's lines: add .%p to the name, or "
+            "unset it",
+        ),
+    ],
+)
+def test_what_hides_channels(tmp_path: Path, variables: dict[str, str], words: str | None) -> None:
+    found = NcclCapture(variables, tmp_path, time.time()).obstacle()
+    assert found == (words and words.replace("FOLDER", str(tmp_path)))
+
+
+def test_defaults_hide_nothing(environment: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+    (tmp_path / "nccl").mkdir()
+    assert NcclCapture(environment("cuda"), tmp_path, time.time()).obstacle() is None
 
 
 # -- environment -----------------------------------------------------------------------------------------------------

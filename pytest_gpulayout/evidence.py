@@ -1,0 +1,57 @@
+"""Collects what a running server shows about its transports, and has it judged."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_gpulayout.all_reduce import judge_all_reduce
+from pytest_gpulayout.nccl_log import merge, parse_nccl_log
+from pytest_gpulayout.transport_cpu import judge_cpu
+from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
+from pytest_gpulayout.vllm_log import VllmLogFacts, parse_vllm_log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pytest_gpulayout.gate import PlacedLayout
+    from pytest_gpulayout.ports import Server
+    from pytest_gpulayout.transport import TransportReport
+
+_CHUNK_BYTES = 1 << 17
+
+
+def collect_transport(server: Server, placed: PlacedLayout) -> TransportReport:
+    """Read NCCL's logs of the server's processes and what vLLM says, or what vLLM's CPU backend shows.
+
+    :param placed: the devices of the server's ranks.
+    """
+    facts = _server_facts(server)
+    layout = server.spec.layout
+    if server.spec.platform == "cpu":
+        return judge_cpu(layout, facts, server.mapped_segments())
+    surroundings = server.surroundings()
+    context = ServerContext(
+        rank_pids=server.proof.rank_pids,
+        topology=placed.topology,
+        placement=placed.placement,
+        surroundings=surroundings,
+        obstacle=server.nccl_log_obstacle(),
+    )
+    log = merge(parse_nccl_log(_chunks(path), str(path)) for path in server.nccl_logs())
+    report = judge_nccl(log, layout, context)
+    first = surroundings.ranks.get(0)
+    environment = (first.environment if first else None) or {}
+    more = judge_all_reduce(facts, layout, placed.topology, placed.placement, server.spec.arguments, environment)
+    return replace(report, findings=(*report.findings, *more))
+
+
+def _server_facts(server: Server) -> VllmLogFacts:
+    with server.log.open(encoding="utf-8", errors="replace") as log:
+        return parse_vllm_log(log, str(server.log))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
