@@ -20,6 +20,7 @@ _LEVELS = ("LOC", "NVL", "NVB", "C2C", "PIX", "PXB", "P2C", "PXN", "PHB", "SYS")
 _OLD_LEVELS = ("LOC", "PIX", "PXB", "PHB", "SYS")
 _DEFAULT_LEVEL = _LEVELS.index("PXB")
 _LEVEL_OF_LINK = {"NV": "NVL", "XGMI": "NVL", "PIX": "PIX", "PXB": "PXB", "PHB": "PHB"}
+_MOST_DIGITS = 20
 _NUMBER = re.compile(r"\s*[+-]?(0[xX][0-9a-fA-F]+|\d+)")
 
 
@@ -28,7 +29,8 @@ def _number(value: str) -> int | None:
     match = _NUMBER.match(value)
     if match is None:
         return None
-    return int(match[1], 16 if match[1][:2] in ("0x", "0X") else 10)
+    digits = match[1][:_MOST_DIGITS]  # more saturate there, and Python refuses thousands
+    return int(digits, 16 if digits[:2] in ("0x", "0X") else 10)
 
 
 def _is_on(value: str) -> bool:

@@ -36,7 +36,7 @@ _UNFINISHED = re.compile(
 _VIA = re.compile(rb"via(?:\s|\Z)")
 _MESSAGE = re.compile(
     rb"NCCL INFO (?!A[^s]|Ne|nccl|proxyP|Connected to)"  # what fills a log is turned away first
-    rb"(?:C(?:hannel \d+(?:/\d+)? :\s+\d+(?:\s|\Z)|onnected all |heck P2P)|Trees |RCCL version"
+    rb"(?:C(?:hannel \d+(?:/\d+)? :\s+\d+(?:\s|\Z)|onnected all |heck P2P)|Trees |[NR]CCL version"
     rb"|c(?:omm 0x|uMem host)|NET/|P2P is dis|(?:Assigned|Initialized|Failed to initialize) NET"
     rb"|[a-z/][\w./-]*+:\d+ -> )"
 )

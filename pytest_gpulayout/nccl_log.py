@@ -81,14 +81,16 @@ _HEAD = re.compile(
 _NETWORK_CHOSEN = re.compile(
     r"Using network (?P<name>(?:Socket|IB|IBext(?:_v\d+)?)(?![\w.+-])|\w[\w.+-]*(?: \w[\w.+-]*)*)"
 )
+# Without a head only with the toolkit's version behind it, which all real ones have.
 _VERSION = re.compile(
     r"\b(?:NCCL version (?P<nccl>\d{1,4}(?:\.\d{1,4}){1,4}(?:(?!NCCL)[\w-]){0,40}\+cuda\d{1,4}(?:\.\d{1,4}){0,3})"
-    r"|(?<=NCCL INFO )RCCL version ?:? ?(?P<rccl>\d{1,4}\.\d{1,4}[\w.:+-]{0,80})"
-    r"|RCCL version ?:? ?(?P<hip>\d{1,4}\.\d{1,4}[\w.]{0,40}\+[\w.:+-]{0,80}))"
+    r"|RCCL version ?:? ?(?P<rccl>\d{1,4}\.\d{1,4}[\w.]{0,40}\+[\w.:+-]{0,80})"
+    r"|(?<=NCCL INFO )(?:(?P<amd>R)|N)CCL version ?:? ?(?P<short>\d{1,4}\.\d{1,4}[\w.:+-]{0,80}))"
 )
 _CONTEXT = re.compile(r"Using network|CCL version|set by environment|NCCL WARN")
 _WARN = re.compile(r"NCCL WARN\s+(?P<text>\S.*)")
 _ENVIRONMENT = re.compile(r"(?P<name>NCCL_[A-Z0-9_]{1,80}+) set by environment to (?P<value>\S+)")
+_CHANNEL_WORD = re.compile(rb"Channel|Ring|Coll")
 _UNBROKEN_CHANNEL = re.compile(
     rb"[^>\n]{0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\] NCCL INFO "
     rb"(?:Channel|Ring) \d{1,6}(?P<channel>(?:/\d{1,6})? : \d{1,9}\S* -> \d{1,9}\S* (?:\[(?:send|receive)\] )?"
@@ -264,29 +266,28 @@ class _Reader:
         self._remarks: dict[tuple[RemarkKind, str], LogLine] = {}
         self._remark_counts: Counter[RemarkKind] = Counter()
         self._hosts: set[str] = set()
-        self._names: set[bytes] = set()
+        self._names: dict[bytes, Process] = {}
         self._records = 0
         self._is_nccl = False
 
     def read(self, block: Block) -> None:
         """Take in the lines of a block that are worth it."""
-        self._is_nccl = self._is_nccl or b"NCCL" in block.data
+        data = block.data
+        self._is_nccl = self._is_nccl or b"NCCL" in data
         match_channel = _UNBROKEN_CHANNEL.fullmatch
         for start, end in interesting_lines(block):
-            is_channel = block.data.find(b" via ", start, end) > 0
-            match = match_channel(block.data, start, end) if is_channel else None
-            if match is None:
+            match = match_channel(data, start, end) if data.find(b" via ", start, end) > 0 else None
+            process = match["process"] if match else None
+            if match is None or process not in self._names:
                 self._read_line(block, start, end)
                 continue
-            process, thread, channel = match.groups()
-            tally = self._known.get(process, {}).get((thread, channel))
-            if tally is not None:
-                tally.lines += 1
-                self._records += 1
-                continue
-            tallies = self._read_line(block, start, end)
-            if len(tallies) == 1 and process in self._names:
-                self._known.setdefault(process, {})[thread, channel] = tallies[0]
+            key = match.group("thread", "channel")
+            known = self._known.setdefault(process, {})
+            tally = known.get(key)
+            if tally is None:
+                tally = known[key] = self._new_tally(block, match)
+            tally.lines += 1
+            self._records += 1
 
     def result(self) -> NcclLog:
         shares = tuple(share for process in self._processes.values() for share in process.result())
@@ -310,6 +311,14 @@ class _Reader:
             communicators=join_shares(shares),
             remarks=tuple(Remark(kind, line) for (kind, _), line in self._remarks.items()),
         )
+
+    def _new_tally(self, block: Block, match: re.Match[bytes]) -> Tally:
+        """Where channel lines like this one are counted; the pattern lets through what :func:`channels_in` reads."""
+        number = block.number_at(match.start())
+        text = line_text(match["channel"])
+        where = LogLine(self._source, number, line_text(match[0]).strip()[:_LONGEST_EVIDENCE])
+        (channel,) = channels_in("Channel 0" + text, file=where.file, line=number)
+        return self._comms_of(self._names[match["process"]]).tally(channel, int(match["thread"]), where)
 
     def _read_line(self, block: Block, start: int, end: int) -> list[Tally]:
         line = line_text(block.data[start:end])
@@ -365,7 +374,8 @@ class _Reader:
     def _comms_of(self, process: Process | None) -> ProcessComms:
         if process not in self._processes:
             self._processes[process] = ProcessComms(process)
-            self._names |= {_name(process)} if process else set()
+            if process is not None:
+                self._names[_name(process)] = process
         return self._processes[process]
 
     def _read_channels(self, record: _Record, where: LogLine) -> Iterator[Tally]:
@@ -377,13 +387,14 @@ class _Reader:
     def _read_broken_channel(self, block: Block, start: int, end: int) -> Iterator[Tally]:
         """A line's end stands in a channel's middle: it goes on in the next line, or began in the one before."""
         number = block.number_at(start)
-        before, line, after = (
-            line_text(raw) for raw in (block.line_before(start), block.data[start:end], block.line_after(end))
-        )
+        before, line, after = block.line_before(start), block.data[start:end], block.line_after(end)
         for first, second, at in ((line, after, number), (before, line, number - 1)):
-            *_, record = self._split(first.rstrip())
-            rest = next(self._split(second.strip()))
-            if rest.process is not None or next(channels_in(record.message, file="", line=0), None):
+            if not _CHANNEL_WORD.search(first):
+                continue
+            *_, record = self._split(line_text(first).rstrip())
+            rest = next(self._split(line_text(second).strip()))
+            is_whole = next(channels_in(record.message, file="", line=0), None) is not None
+            if is_whole or rest.process is not None or record.level == "WARN":
                 continue
             where = LogLine(self._source, at, f"{record.text.strip()} {rest.text}"[:_LONGEST_EVIDENCE])
             for joint in (" ", ""):
@@ -431,7 +442,8 @@ class _Reader:
         for match in matches(_NETWORK_CHOSEN, record.message, quoted=headless):
             self._networks[match["name"]] += 1
         for match in _VERSION.finditer(record.text):
-            self._versions.setdefault(match["nccl"] or f"RCCL {match['rccl'] or match['hip']}")
+            amd = "RCCL " if match["rccl"] or match["amd"] else ""
+            self._versions.setdefault(amd + (match["nccl"] or match["rccl"] or match["short"]))
         for match in matches(_ENVIRONMENT, record.message, quoted=headless):
             self._environment.setdefault(match["name"], (match["value"].rstrip("."), where))
         if headless and (warning := _WARN.search(record.message)):

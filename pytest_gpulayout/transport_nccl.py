@@ -168,14 +168,23 @@ class _Judge:
             return None
         if not named and not self.log.nvls_communicators():
             return self._gap_in_log()
+        by_ranks = {frozenset(self._layout_ranks(comm).values()): comm for comm in self.log.communicators}
+        if any(comm.nranks == len(ranks) for ranks, comm in by_ranks.items()):
+            return self._gap_of_known_ranks(layout)
         proved = [comm for comm in self.log.communicators if _is_proved(comm)]
-        by_ranks = {frozenset(self._layout_ranks(comm).values()) for comm in proved}
         for size, of_size in _by_size(groups).items():
-            if self.server.rank_pids and all(frozenset(ranks) in by_ranks for _, ranks in of_size):
-                continue
             of_processes = {comm.processes or comm.key for comm in proved if comm.nranks == size}
             if gap := self._gap_of_size(layout, size, of_size, len(of_processes)):
                 return gap
+        return None
+
+    def _gap_of_known_ranks(self, layout: Layout) -> str | None:
+        """With the ranks' process ids, each group must have a communicator of its own."""
+        proved = {frozenset(self._layout_ranks(c).values()) for c in self.log.communicators if _is_proved(c)}
+        for name, ranks in _groups(layout):
+            if frozenset(ranks) not in proved:
+                names = ",".join(map(str, ranks))
+                return f"layout {layout} connects ranks {names} ({name}), no channels connect all of them"
         return None
 
     def _gap_of_size(

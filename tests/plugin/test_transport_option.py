@@ -49,8 +49,8 @@ def test_shared_memory_in_place_of_p2p_fails(suite: Suite) -> None:
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "  found: ranks 0 -> 1: transport SHM/direct/direct, allowed: all but NET/Socket and CPU/GLOO, and shared "
-            "memory only where the GPUs cannot reach each other directly, which these can",
+            "  found: ranks 0 -> 1: transport SHM/direct/direct, allowed: all but NET/Socket and CPU/GLOO, and "
+            "shared memory only where the GPUs cannot reach each other directly, which these can",
             "    a loss: the GPUs are linked by NV4, where NCCL uses P2P unless something forbids it",
         ]
     )
@@ -110,7 +110,7 @@ def test_evidence_of_too_few_ranks_fails(suite: Suite) -> None:
     result = suite.run("--gpu-layout=tp4")
 
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["  layout tp4 connects 4 ranks, no channel line connects ranks 0,1 and 2 and 3"])
+    result.stdout.fnmatch_lines(["  layout tp4 connects ranks 0,1,2,3 (tp), no channels connect all of them"])
 
 
 def test_list_forbids_what_it_does_not_name(suite: Suite) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
 from pytest_gpulayout.transport import TransportFamily, TransportReport, family_of
-from pytest_gpulayout.transport_nccl import judge_nccl
+from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
 from tests.support.nccl_writer import (
     DRESSES,
     EVIDENCE,
@@ -114,8 +114,9 @@ def test_channels_ranks_and_settings_are_read(scenario: Scenario) -> None:
         **({} if scenario.cumem or scenario.form.release < (2, 18) else {"NCCL_CUMEM_ENABLE": "0"}),
     }
     assert set(log.versions) == ({str(scenario.form)} if written.comms else set())
-    members = {(m.process, m.rank, m.nranks) for m in log.comm_ranks}
-    assert members == {(process(written, comm, rank), rank, comm.nranks) for comm in written.comms for rank in range(comm.nranks)}  # fmt: skip  # noqa: E501
+    assert {(m.process, m.rank, m.nranks) for m in log.comm_ranks} == {
+        (process(written, comm, rank), rank, comm.nranks) for comm in written.comms for rank in range(comm.nranks)
+    }
 
 
 def process(written: WrittenLog, comm: Comm, rank: int) -> tuple[str, int]:
@@ -297,6 +298,25 @@ def test_group_without_any_line_is_not_proved(scenario: Scenario, choice: int) -
     report = judge(written.without(lambda line: line.comm == number))
 
     assert report.verdict == "no-evidence", written.comms[number]
+
+
+@quick
+@given(scenarios(["tp2pp2", "tp4pp2", "dp2tp2ep", "dp2pp2ep"]), st.integers(0, 100))
+def test_known_processes_prove_each_group_by_itself(scenario: Scenario, choice: int) -> None:
+    """A group is not hidden by another one of its size: a run knows the process of each rank."""
+    assume(scenario.form.release >= (2, 14))  # which name communicators
+    written = write_log(scenario)
+    number = choice % len(written.comms)
+    assume([comm.ranks for comm in written.comms].count(written.comms[number].ranks) == 1)
+    server = ServerContext(rank_pids={rank: place.pid for rank, place in enumerate(written.places)})
+    assert judge_nccl(read(written), scenario.layout, server).verdict == expected_verdict(written)
+
+    silent = written.without(lambda line: line.comm == number and line.kind in {*EVIDENCE, Kind.CONNECTED})
+    report = judge_nccl(read(silent), scenario.layout, server)
+
+    assert report.verdict in ("no-evidence", "socket")
+    names = ",".join(map(str, written.comms[number].ranks))
+    assert any(f"connects ranks {names} (" in finding.cause for finding in report.findings)
 
 
 @quick
