@@ -92,9 +92,9 @@ _WARN = re.compile(r"NCCL WARN\s+(?P<text>\S.*)")
 _ENVIRONMENT = re.compile(r"(?P<name>NCCL_[A-Z0-9_]{1,80}+) set by environment to (?P<value>\S+)")
 _CHANNEL_WORD = re.compile(rb"Channel|Ring|Coll")
 _UNBROKEN_CHANNEL = re.compile(
-    rb"[^>\n]{0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\] NCCL INFO "
-    rb"(?:Channel|Ring) \d{1,6}(?P<channel>(?:/\d{1,6})? : \d{1,9}\S* -> \d{1,9}\S* (?:\[(?:send|receive)\] )?"
-    rb"via [A-Z][\w/() .+-]*)\r?"
+    rb"(?:(?!NCCL)[^>\n]){0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\] NCCL INFO "
+    rb"(?:Channel|Ring) \d{1,6}(?P<channel>(?:/\d{1,6})? : \d{1,9}(?:\[[0-9a-f]+\])? -> \d{1,9}(?:\[[0-9a-f]+\])? "
+    rb"(?:\[(?:send|receive)\] )?via (?:P2P|SHM|NET)/[\w/() .-]*)\r?"
 )
 
 
@@ -313,11 +313,11 @@ class _Reader:
         )
 
     def _new_tally(self, block: Block, match: re.Match[bytes]) -> Tally:
-        """Where channel lines like this one are counted; the pattern lets through what :func:`channels_in` reads."""
+        """Where channel lines like this one are counted; what the pattern lets through is one channel."""
         number = block.number_at(match.start())
-        text = line_text(match["channel"])
-        where = LogLine(self._source, number, line_text(match[0]).strip()[:_LONGEST_EVIDENCE])
-        (channel,) = channels_in("Channel 0" + text, file=where.file, line=number)
+        text = line_text(block.data[match.start("process") : match.end()]).strip()
+        where = LogLine(self._source, number, text[:_LONGEST_EVIDENCE])
+        channel = next(channels_in("Channel 0" + line_text(match["channel"]), file=where.file, line=number))
         return self._comms_of(self._names[match["process"]]).tally(channel, int(match["thread"]), where)
 
     def _read_line(self, block: Block, start: int, end: int) -> list[Tally]:

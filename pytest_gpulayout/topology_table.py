@@ -68,7 +68,7 @@ def topology_lines(topology: Topology) -> Iterator[str]:
     if topology.busy:
         yield f"busy: somebody computes on {name_gpus(sorted(topology.busy))} right now"
     yield from (f"fault: {sentence}" for sentence in describe_faults(topology))
-    yield from (f"not known: {note}" for note in topology.notes)
+    yield from (f"note: {note}" for note in topology.notes)
 
 
 def placement_line(topology: Topology, layout: Layout, placement: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,6 +17,9 @@ HEAD = "gpu-a1:310:344 [0] NCCL INFO "
 RECORDS = [
     HEAD + "Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read",
     HEAD + "Channel 01/0 : 1[1] -> 0[0] [receive] via NET/Socket/0",
+    HEAD + "Channel 01/0 : 0[0] -> 1[1] via P2P/CUMEM/read",
+    HEAD + "Channel 00/1 : 0[0] -> 1[1] via P2P/CUMEM/read comm 0x5a0 nRanks 02",
+    HEAD + "Channel 02/0 : 0[0] -> 1[1] [send] via NET/",
     HEAD + "CollNet 00/0 : 3 [send] via COLLNET/SHARP/0",
     HEAD + "Channel 00/0 : 0[0] -> 1[1] [send]",
     "via NET/IB/0/GDRDMA",
@@ -44,7 +48,7 @@ RECORDS = [
     "gpu-a1:310:344 [0] misc/shmutils.cc:72 NCCL WARN Error: failed to extend /dev/shm/nccl-x to 9 bytes",
     '{"log":"' + HEAD + 'Channel 00/0 : 0[0] -\\u003e 1[1] via P2P/IPC\\n","stream":"stdout"}',
 ]
-HALVES = RECORDS[3:7]
+HALVES = RECORDS[6:10]
 NOISE = [
     HEAD
     + "AllReduce: opCount 1 sendbuff 0x7f00 recvbuff 0x7f01 count 8 datatype 9 op 0 root 0 comm 0x5a0 [nranks=2]",
@@ -92,6 +96,18 @@ def test_search_finds_what_reading_every_line_finds(lines: list[str], between: s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nccl_log, "interesting_lines", every_line)
         assert facts(parse_nccl_log([data], "nccl.log")) == facts(found)
+
+
+@settings(deadline=None)  # the machine is shared
+@given(lines_of_a_log, st.sampled_from(["\n", " "]))
+def test_lines_that_differ_in_the_channel_only_are_read_alike(lines: list[str], between: str) -> None:
+    data = between.join(lines * 2).encode()
+
+    found = parse_nccl_log([data], "nccl.log")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nccl_log, "_UNBROKEN_CHANNEL", re.compile(rb"(?!)"))
+        assert parse_nccl_log([data], "nccl.log") == found
 
 
 @settings(deadline=None)  # the machine is shared

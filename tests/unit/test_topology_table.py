@@ -131,7 +131,7 @@ def test_what_is_said_of_a_machine_that_was_probed() -> None:
         "NVLink islands: all GPUs",
         "busy: somebody computes on GPU 1 right now",
         "fault: GPU 1 cannot be used whole: MIG is on, and its instances have no peer access",
-        "not known: NUMA node of GPU 1: this driver does not say",
+        "note: NUMA node of GPU 1: this driver does not say",
     ]
 
 
