@@ -92,8 +92,9 @@ _WARN = re.compile(r"NCCL WARN\s+(?P<text>\S.*)")
 _ENVIRONMENT = re.compile(r"(?P<name>NCCL_[A-Z0-9_]{1,80}+) set by environment to (?P<value>\S+)")
 _CHANNEL_WORD = re.compile(rb"Channel|Ring|Coll")
 _UNBROKEN_CHANNEL = re.compile(
-    rb"(?:(?!NCCL)[^>\n]){0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) \[-?\d+\] NCCL INFO "
-    rb"(?:Channel|Ring) \d{1,6}(?P<channel>(?:/\d{1,6})? : \d{1,9}(?:\[[0-9a-f]+\])? -> \d{1,9}(?:\[[0-9a-f]+\])? "
+    rb"(?:(?!NCCL)[^>\n]){0,100}?(?<![\w.-])(?P<process>[A-Za-z0-9][\w.-]*+:\d{1,10}):(?P<thread>\d{1,10}) "
+    rb"\[-?\d+\] NCCL INFO (?:Channel|Ring) \d{1,6}"
+    rb"(?P<channel>(?:/\d{1,6})? : \d{1,9}(?:\[[0-9a-f]+\])? -> \d{1,9}(?:\[[0-9a-f]+\])? "
     rb"(?:\[(?:send|receive)\] )?via (?:P2P|SHM|NET)/[\w/() .-]*)\r?"
 )
 
@@ -281,7 +282,7 @@ class _Reader:
             if match is None or process not in self._names:
                 self._read_line(block, start, end)
                 continue
-            key = match.group("thread", "channel")
+            key = (match["thread"], match["channel"])
             known = self._known.setdefault(process, {})
             tally = known.get(key)
             if tally is None:
