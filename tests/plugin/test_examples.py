@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.processes import use_fake_vllm
 
+pytestmark = pytest.mark.end_to_end
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model_repo"
 
 

@@ -10,6 +10,7 @@ from pytest_gpulayout.schemas import validate
 from tests.support.suite import GATE, Suite
 
 pytest.importorskip("xdist")
+pytestmark = pytest.mark.end_to_end
 
 TESTS = """
 import pytest
