@@ -26,7 +26,7 @@ from pytest_gpulayout.topology_text import parse_topology_text
 COUNT = int(os.environ.get("GPULAYOUT_FUZZ", "500"))
 SEED = int(os.environ.get("GPULAYOUT_FUZZ_SEED", "20240229"))
 CORPUS = Path(os.environ.get("GPULAYOUT_CORPUS") or Path(__file__).parents[2] / "../shared/corpus") / "topo"
-SLOWEST_S = 1.0
+SLOWEST_S = 5.0  # of CPU time: far above any healthy input, far below a runaway pattern
 
 OWN_SEEDS = {
     "tabs": "\tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\n"
