@@ -15,10 +15,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from pytest_gpulayout import causes_devices, causes_places, causes_settings
-from pytest_gpulayout.causes_case import Case, Finding, SlowUse, at, is_shm
+from pytest_gpulayout.causes_case import Case, Finding, SlowUse, at
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import LinkClass
-from pytest_gpulayout.nccl_log import LogLine, NcclLog, is_socket
+from pytest_gpulayout.nccl_log import LogLine, NcclLog, is_shm, is_socket
 from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.topology import SWITCH, Device, Topology
 

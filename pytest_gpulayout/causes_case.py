@@ -156,8 +156,3 @@ def and_more(pairs: Iterable[tuple[int, int]]) -> str:
     """``" and 2 more pairs"`` for what a sentence about the first pair leaves out."""
     more = len({(min(pair), max(pair)) for pair in pairs}) - 1
     return f" and {more} more pair{'s' * (more > 1)}" if more > 0 else ""
-
-
-def is_shm(transport: str) -> bool:
-    """Whether data goes through host memory; NCCL before 2.13 has words for it."""
-    return transport.split("/")[0] == "SHM" or transport == "direct shared memory"

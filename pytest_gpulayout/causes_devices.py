@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pytest_gpulayout.causes_case import Case, Finding, SlowUse, and_more, at
 from pytest_gpulayout.surroundings import PciSlot
-from pytest_gpulayout.topology import P2P_CAPABILITIES, Device, P2pStatus
+from pytest_gpulayout.topology import P2P_CAPABILITIES, Device, P2pStatus, sysfs_bus_id
 from pytest_gpulayout.topology_faults import name_gpus
 
 _REFUSED_ADVICE = {
@@ -168,7 +168,7 @@ def _iommu(case: Case, devices: Sequence[Device]) -> Finding | None:
     for device in devices:
         slot = _slot(case, device)
         if slot is not None and (slot.iommu or "").startswith("DMA"):
-            where = f"/sys/bus/pci/devices/{_sysfs_bus_id(device.pci_bus_id or '')}/iommu_group/type"
+            where = f"/sys/bus/pci/devices/{sysfs_bus_id(device.pci_bus_id or '')}/iommu_group/type"
             return Finding(
                 f"the IOMMU translates the DMA of GPU {device.index}", where, None, slot.iommu, _IOMMU_ADVICE
             )
@@ -191,10 +191,4 @@ def _iommu_asked_for(command_line: str) -> str:
 
 
 def _slot(case: Case, device: Device) -> PciSlot | None:
-    return case.surroundings.slots.get(_sysfs_bus_id(device.pci_bus_id)) if device.pci_bus_id else None
-
-
-def _sysfs_bus_id(text: str) -> str:
-    """``00000000:1A:00.0``, as NVML writes it, to ``0000:1a:00.0``."""
-    domain, _, rest = text.lower().partition(":")
-    return f"{domain[-4:]}:{rest}"
+    return case.surroundings.slots.get(sysfs_bus_id(device.pci_bus_id)) if device.pci_bus_id else None

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pytest_gpulayout.causes_case import Case, Finding, and_more, at, is_shm
+from pytest_gpulayout.causes_case import Case, Finding, and_more, at
 from pytest_gpulayout.causes_settings import settings_of
-from pytest_gpulayout.nccl_log import is_socket
+from pytest_gpulayout.nccl_log import is_shm, is_socket
 from pytest_gpulayout.surroundings import RankSurroundings
 
 _SHM_PER_RANK_BYTES = 2**30

@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 FINE, FAILED, MISUSE, UNDECIDED = 0, 1, 2, 3
 _INTERRUPTED = 130
-_CHUNK_BYTES = 1 << 17
 _MOST_COMMUNICATORS, _MOST_PAIRS = 16, 128
 _MOST_FAILURES = 10
 
@@ -305,12 +304,6 @@ def _in_colour() -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
 # -- nccl ------------------------------------------------------------------------------------------------------------
 
 
@@ -355,15 +348,17 @@ def _communicator_document(communicator: Communicator) -> dict[str, Any]:
 
 
 def _chunks(name: str) -> Iterator[bytes]:
+    from pytest_gpulayout.evidence import chunks
+
     if name == "-":
-        yield from iter(lambda: sys.stdin.buffer.read(_CHUNK_BYTES), b"")
+        yield from chunks(sys.stdin.buffer)
         return
     with open(name, "rb") as file:
-        yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+        yield from chunks(file)
 
 
 def _transport_lines(report: TransportReport, communicators: Sequence[Communicator]) -> Iterator[str]:
-    from pytest_gpulayout.report import finding_lines
+    from pytest_gpulayout.report import aligned, finding_lines
 
     yield f"verdict: {report.verdict}"
     yield f"transports: {report.summary()}"
@@ -375,7 +370,7 @@ def _transport_lines(report: TransportReport, communicators: Sequence[Communicat
             for (src, dst), counts in sorted(communicator.edges.items())
             for transport, channels in counts.items()
         ]
-        yield from _table([("ranks", "transport", "channels"), *rows[:_MOST_PAIRS]])
+        yield from aligned([("ranks", "transport", "channels"), *rows[:_MOST_PAIRS]])
         if len(rows) > _MOST_PAIRS:
             yield f"... and {len(rows) - _MOST_PAIRS} more pairs: --json has all"
     if len(communicators) > _MOST_COMMUNICATORS:
@@ -473,7 +468,7 @@ def _measure_lines(
     run: RunTrace, workload: Workload, endpoint: Endpoint, batches: Sequence[dict[str, float]]
 ) -> Iterator[str]:
     from pytest_gpulayout.metrics import METRICS
-    from pytest_gpulayout.report import plural, quantity
+    from pytest_gpulayout.report import aligned, plural, quantity
     from pytest_gpulayout.stats import median
 
     yield f"{endpoint.model} at {endpoint.url}"
@@ -485,7 +480,7 @@ def _measure_lines(
     for name, metric in METRICS.items():
         if values := [batch[name] for batch in batches if name in batch]:
             rows.append((name, *(quantity(f(values), metric.unit) for f in (median, min, max))))
-    yield from _table(rows)
+    yield from aligned(rows)
     if run.failed:
         yield f"{len(run.failed)} of {len(run.requests)} requests failed; the first: {run.failed[0].error}"
 
@@ -603,6 +598,7 @@ def _declare_baseline(commands: Any) -> None:
 def _baseline_list(arguments: argparse.Namespace) -> Outcome:
     from pytest_gpulayout.adapters.baseline_files import open_baselines
     from pytest_gpulayout.errors import BaselineError
+    from pytest_gpulayout.report import aligned
 
     store = open_baselines(arguments.dir)
     entries, faults = [], []
@@ -620,7 +616,7 @@ def _baseline_list(arguments: argparse.Namespace) -> Outcome:
                 "recorded": baseline.sessions[-1].recorded,
             }
         )
-    lines = list(_table([("sessions", "starts", "last recorded", "path"), *map(_entry_row, entries)]))
+    lines = list(aligned([("sessions", "starts", "last recorded", "path"), *map(_entry_row, entries)]))
     if not entries and not faults:
         lines = [f"no baseline in {store.root}; record one: pytest --gpu-layout=SPEC --gpu-baseline=new"]
     return Outcome(MISUSE if faults else FINE, {"root": store.root, "baselines": entries}, lines, faults)
@@ -654,6 +650,8 @@ def _baseline_show(arguments: argparse.Namespace) -> Outcome:
 
 
 def _baseline_lines(baseline: Baseline) -> Iterator[str]:
+    from pytest_gpulayout.report import aligned
+
     key = baseline.key
     for title, part in (("model", key.model), ("hardware", key.hardware), ("workload", key.workload)):
         yield f"{title}: " + ", ".join(
@@ -664,7 +662,7 @@ def _baseline_lines(baseline: Baseline) -> Iterator[str]:
         facts = {**session.epoch, **session.sut, **session.covariates}
         yield f"session {session.recorded}: {len(session.runs)} starts of {session.runs[0].requests} requests"
         yield "  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
-    yield from _table([("metric", "median of starts", "lowest", "highest", "starts"), *_metric_rows(baseline)])
+    yield from aligned([("metric", "median of starts", "lowest", "highest", "starts"), *_metric_rows(baseline)])
 
 
 def _metric_rows(baseline: Baseline) -> Iterator[tuple[str, ...]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from pytest_gpulayout.all_reduce import judge_all_reduce
-from pytest_gpulayout.nccl_log import merge, parse_nccl_log
+from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
 from pytest_gpulayout.transport_cpu import judge_cpu
 from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
 from pytest_gpulayout.vllm_log import VllmLogFacts, parse_vllm_log
@@ -39,7 +39,7 @@ def collect_transport(server: Server, placed: PlacedLayout) -> TransportReport:
         surroundings=surroundings,
         obstacle=server.nccl_log_obstacle(),
     )
-    log = merge(parse_nccl_log(_chunks(path), str(path)) for path in server.nccl_logs())
+    log = merge(map(_read_nccl_log, server.nccl_logs()))
     report = judge_nccl(log, layout, context)
     first = surroundings.ranks.get(0)
     environment = (first.environment if first else None) or {}
@@ -52,6 +52,11 @@ def _server_facts(server: Server) -> VllmLogFacts:
         return parse_vllm_log(log, str(server.log))
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _read_nccl_log(path: Path) -> NcclLog:
     with path.open("rb") as file:
-        yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+        return parse_nccl_log(chunks(file), str(path))
+
+
+def chunks(file: BinaryIO) -> Iterator[bytes]:
+    """Yield a file in the pieces that NCCL's logs are read in fastest."""
+    yield from iter(lambda: file.read(_CHUNK_BYTES), b"")

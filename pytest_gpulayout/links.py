@@ -80,6 +80,11 @@ class LinkRequirement:
         """Return whether a link of this class, ``None`` for unknown, is good enough."""
         return self.least is None or (link is not None and link >= self.least)
 
+    @property
+    def needs_nvlink(self) -> bool:
+        """Whether nothing but NVLink is good enough."""
+        return self.least is not None and self.least.is_nvlink
+
     def __str__(self) -> str:
         return self.text
 

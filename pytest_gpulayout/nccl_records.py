@@ -82,6 +82,11 @@ def is_socket(transport: str) -> bool:
     return transport.split("/")[:2] == ["NET", "Socket"]
 
 
+def is_shm(transport: str) -> bool:
+    """Whether data goes through host memory; NCCL before 2.13 has words for it."""
+    return transport.split("/")[0] == "SHM" or transport == "direct shared memory"
+
+
 def is_torn(transport: str) -> bool:
     """Whether a transport breaks off where it could still become ``NET/Socket``, e.g. ``NET/Sock``.
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pytest_gpulayout.errors import TopologyError
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import LinkClass, LinkRequirement, parse_requirement
-from pytest_gpulayout.topology import Topology, check_links, device_list, unknown_device, why_unusable
+from pytest_gpulayout.topology import (
+    Topology,
+    check_links,
+    device_list,
+    refused_nvlinks,
+    unknown_device,
+    violates,
+    why_unusable,
+)
 
 _ANY = parse_requirement("any")
 _ALWAYS_EXACT_UP_TO = 8
@@ -269,27 +277,20 @@ def _counts_left(items: Sequence[Sequence[int]]) -> list[int]:
 def _pair_tables(topology: Topology, requirement: LinkRequirement) -> tuple[list[list[int]], list[list[bool]]]:
     """(n_devices, n_devices) of link quality, 0 for unknown, and of whether the link violates the requirement."""
     indices = [device.index for device in topology.usable]
-    refused = {frozenset((p.a, p.b)) for p in topology.p2p if p.capability == "n" and p.status != "OK"}
-    needs_nvlink = requirement.least is not None and requirement.least.is_nvlink
-    quality, violates = [], []
+    refused = refused_nvlinks(topology)
+    quality, violations = [], []
     for a in indices:
-        links = [topology.link(a, b) for b in indices]
-        no_peer_access = [frozenset((a, b)) in refused for b in indices]
-        quality.append([_quality(link, no) for link, no in zip(links, no_peer_access, strict=True)])
-        violates.append(
-            [
-                not requirement.accepts(link) or (needs_nvlink and no)
-                for link, no in zip(links, no_peer_access, strict=True)
-            ]
-        )
-    return quality, violates
+        pairs = [(topology.link(a, b), refused.get(frozenset((a, b)))) for b in indices]
+        quality.append([_quality(link, refusal) for link, refusal in pairs])
+        violations.append([violates(requirement, link, refusal) for link, refusal in pairs])
+    return quality, violations
 
 
-def _quality(link: LinkClass | None, no_peer_access: bool) -> int:
+def _quality(link: LinkClass | None, refusal: str | None) -> int:
     """NVLinks over which the driver refuses peer access are worth no more than the way through the host."""
     if link is None:
         return 0
-    return LinkClass("SYS").quality if link.is_nvlink and no_peer_access else link.quality
+    return LinkClass("SYS").quality if link.is_nvlink and refusal is not None else link.quality
 
 
 def _alike_but_for(table: Sequence[Sequence[int]], a: int, b: int) -> bool:

@@ -6,7 +6,7 @@ A failure has four parts: what was required, what was found (number, unit, n), w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,13 @@ Record = dict[str, Any]
 def plural(number: int, noun: str) -> str:
     """``1 start``, ``2 starts``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a line per row, its cells padded to the widths of their columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def devices_text(placed: PlacedLayout) -> str:

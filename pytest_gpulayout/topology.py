@@ -21,6 +21,8 @@ Platform = Literal["cuda", "rocm", "cpu"]
 SWITCH = "switch"
 """What :attr:`NvLinks.remote` says of links that end at an NVSwitch."""
 
+_BUS_ID = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7])")
+
 P2P_REASONS = {
     "CNS": "the chipset does not support it",
     "GNS": "the GPU does not support it",
@@ -274,22 +276,44 @@ def check_links(
     :param placement: index of the device of each rank, in rank order.
     :param pairs: rank pairs that communicate, as :meth:`Layout.communicating_pairs` returns them.
     """
+    refused = refused_nvlinks(topology)
     violations = []
     for rank_a, rank_b in pairs:
         a, b = placement[rank_a], placement[rank_b]
-        link = topology.link(a, b)
-        status = _refused_nvlink(topology, a, b, requirement)
-        if not requirement.accepts(link) or status is not None:
-            violations.append(LinkViolation(rank_a, rank_b, a, b, link, requirement, status))
+        link, status = topology.link(a, b), refused.get(frozenset((a, b)))
+        if violates(requirement, link, status):
+            told = status if requirement.needs_nvlink and link is not None and link.is_nvlink else None
+            violations.append(LinkViolation(rank_a, rank_b, a, b, link, requirement, told))
     return tuple(violations)
 
 
-def _refused_nvlink(topology: Topology, a: int, b: int, requirement: LinkRequirement) -> str | None:
-    link = topology.link(a, b)
-    if requirement.least is None or not requirement.least.is_nvlink or link is None or not link.is_nvlink:
-        return None
-    status = topology.p2p_status(a, b, "n")
-    return None if status == "OK" else status
+def refused_nvlinks(topology: Topology) -> dict[frozenset[int], str]:
+    """Return the status of peer access over NVLink, by pair of indices, where it is not OK."""
+    statuses: dict[frozenset[int], str] = {}
+    for p2p in topology.p2p:
+        if p2p.capability == "n":
+            statuses.setdefault(frozenset((p2p.a, p2p.b)), p2p.status)
+    return {pair: status for pair, status in statuses.items() if status != "OK"}
+
+
+def violates(requirement: LinkRequirement, link: LinkClass | None, refusal: str | None) -> bool:
+    """Whether a link is not good enough. :param refusal: its entry in :func:`refused_nvlinks`."""
+    return not requirement.accepts(link) or (requirement.needs_nvlink and refusal is not None)
+
+
+def normal_bus_id(text: str) -> str | None:
+    """Return ``00000000:0F:00.0`` for ``0000:0f:00.0``; NVML writes the domain with 4 or 8 digits.
+
+    :returns: ``None`` for what is no bus id, such as the ``FFFFFFF:FFFF:FF`` of a device that a hypervisor hides.
+    """
+    match = _BUS_ID.fullmatch(text)
+    return f"{int(match[1], 16):08X}:{match[2].upper()}" if match else None
+
+
+def sysfs_bus_id(text: str) -> str:
+    """Return ``0000:0f:00.0`` for ``00000000:0F:00.0``, as Linux names the folder; ``""`` for what is no bus id."""
+    match = _BUS_ID.fullmatch(text)
+    return f"{int(match[1], 16):04x}:{match[2].lower()}" if match else ""
 
 
 def unknown_device(topology: Topology, text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from pytest_gpulayout.topology import SWITCH, Device, Fabric, Topology
+from pytest_gpulayout.topology import SWITCH, Device, Fabric, Topology, normal_bus_id
 
 _MOST_PAIRS = 4
 
@@ -158,13 +158,7 @@ def _uneven_ends(topology: Topology) -> Iterator[str]:
 def _links_between(device: Device, peer: Device) -> int | None:
     """Active links of ``device`` that end at ``peer``; ``None`` where that cannot be told."""
     active = [group for group in device.nvlinks if group.active]
-    if not device.nvlinks or peer.pci_bus_id is None or any(group.remote is None for group in active):
+    wanted = normal_bus_id(peer.pci_bus_id or "")
+    if not device.nvlinks or wanted is None or any(group.remote is None for group in active):
         return None
-    wanted = _normal_bus_id(peer.pci_bus_id)
-    return sum(len(g.links) for g in active if g.remote not in (None, SWITCH) and _normal_bus_id(g.remote) == wanted)
-
-
-def _normal_bus_id(text: str) -> str:
-    """NVML writes the domain of one device with 4 or with 8 digits."""
-    domain, _, rest = text.lower().partition(":")
-    return f"{domain.lstrip('0')}:{rest}"
+    return sum(len(g.links) for g in active if g.remote not in (None, SWITCH) and normal_bus_id(g.remote) == wanted)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import LinkClass
+from pytest_gpulayout.report import aligned
 from pytest_gpulayout.topology import P2P_CAPABILITIES, Device, NvLinks, PcieLink, Topology
 from pytest_gpulayout.topology_faults import describe_faults, gb_per_s, name_gpus, name_pairs
 
@@ -50,7 +51,7 @@ def topology_to_text(topology: Topology) -> str:
         cells = (" X" if a is b else str(topology.link(a.index, b.index) or _UNKNOWN_LINK) for b in devices)
         affinities = (a.cpu_affinity, a.numa_node, a.gpu_numa_id)
         rows.append((name, *cells, *(_NOT_SAID if fact is None else str(fact) for fact in affinities)))
-    return "".join(f"{line}\n" for line in _aligned(rows))
+    return "".join(f"{line}\n" for line in aligned(rows))
 
 
 def topology_lines(topology: Topology) -> Iterator[str]:
@@ -91,12 +92,6 @@ def colour_links(line: str) -> str:
     return _COLOURED_WORD.sub(paint, line)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
 def _origin(topology: Topology) -> Iterator[str]:
     yield f"{'recorded in' if topology.recorded else 'from'} {topology.source}"
     if topology.driver_version is not None:
@@ -110,7 +105,7 @@ def _legend(topology: Topology) -> Iterator[str]:
     if shown:
         yield ""
         yield "Legend:"
-        yield from _aligned([("", key, words) for key, words in _LEGEND.items() if key in shown])
+        yield from aligned([("", key, words) for key, words in _LEGEND.items() if key in shown])
 
 
 def _legend_key(link: LinkClass | None) -> str:
@@ -126,7 +121,7 @@ def _device_list(devices: Sequence[Device]) -> Iterator[str]:
     shown = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     if len(shown) > 1:
         yield ""
-        yield from _aligned([[row[i] or "-" for i in shown] for row in (titles, *rows)])
+        yield from aligned([[row[i] or "-" for i in shown] for row in (titles, *rows)])
 
 
 def _device_cells(device: Device) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pytest_gpulayout.causes_case import Finding
 from pytest_gpulayout.errors import LayoutSyntaxError
-from pytest_gpulayout.nccl_log import LogLine, is_socket
+from pytest_gpulayout.nccl_log import LogLine, is_shm, is_socket
 
 TransportVerdict = Literal["ok", "socket", "shm", "no-evidence"]
 
@@ -52,7 +52,7 @@ def family_of(transport: str) -> TransportFamily:
     """
     if is_socket(transport):
         return TransportFamily.SOCKET
-    if transport == "direct shared memory":  # NCCL before 2.13
+    if is_shm(transport):
         return TransportFamily.SHM
     return _FAMILIES.get(transport) or _FAMILIES.get(transport.split("/")[0], TransportFamily.OTHER)
 

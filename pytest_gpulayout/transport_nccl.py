@@ -168,8 +168,7 @@ class _Judge:
             return None
         if not named and not self.log.nvls_communicators():
             return self._gap_in_log()
-        by_ranks = {frozenset(self._layout_ranks(comm).values()): comm for comm in self.log.communicators}
-        if any(comm.nranks == len(ranks) for ranks, comm in by_ranks.items()):
+        if any(comm.nranks == len(self._layout_ranks(comm)) for comm in self.log.communicators):
             return self._gap_of_known_ranks(layout)
         proved = [comm for comm in self.log.communicators if _is_proved(comm)]
         for size, of_size in _by_size(groups).items():
@@ -204,9 +203,10 @@ class _Judge:
             return (
                 f"layout {layout} has {needed} {names} groups of {size} ranks, channels connect {proved} of that size"
             )
-        seen = [communicator.edges for communicator in (*begun, loose) if communicator is not None]
-        edges = min(seen, key=lambda edges: len(_connected_parts(range(size), edges)))
-        parts = _connected_parts(range(size), edges)
+        seen = [comm.edges for comm in (*begun, loose) if comm is not None]
+        parts, edges = min(
+            ((_connected_parts(range(size), edges), edges) for edges in seen), key=lambda candidate: len(candidate[0])
+        )
         if len(parts) > 1:
             texts = " and ".join(",".join(map(str, part)) for part in parts)
             return f"layout {layout} connects {size} ranks, no channel line connects ranks {texts}"
@@ -237,7 +237,11 @@ class _Judge:
             return
         was_captured = self.log.records > 0 and bool(self.server.rank_pids)
         advice = self.server.obstacle or (_LOOK_AT_RANKS if was_captured else _HOW_TO_LOG)
-        yield Finding(gap, ", ".join(self.log.sources[:3]) or None, None, None, advice)
+        yield Finding(gap, self._sources, None, None, advice)
+
+    @property
+    def _sources(self) -> str | None:
+        return ", ".join(self.log.sources[:3]) or None
 
     def _layout_findings(self) -> Iterator[Finding]:
         layout = self.layout
@@ -249,7 +253,7 @@ class _Judge:
         if nodes > layout.nodes:
             yield Finding(
                 f"NCCL sees {nodes} nodes, layout {layout} has {layout.nodes}",
-                ", ".join(self.log.sources[:3]) or None,
+                self._sources,
                 None,
                 f"nNodes {nodes}",
                 "processes of one host need one host name and one /dev/shm (docker: --ipc=host), or NCCL_HOSTID",

@@ -29,9 +29,9 @@ from pytest_gpulayout.adapters.nvml_inquiry import (
     fault_words,
 )
 from pytest_gpulayout.adapters.nvml_library import no_gpu, nvml_library
-from pytest_gpulayout.adapters.nvml_links import Ends, Gpu, normal_bus_id, read_nvlinks, read_paths
+from pytest_gpulayout.adapters.nvml_links import Ends, Gpu, read_nvlinks, read_paths
 from pytest_gpulayout.errors import TopologyError
-from pytest_gpulayout.topology import Device, Fabric, PcieLink, Topology
+from pytest_gpulayout.topology import Device, Fabric, PcieLink, Topology, normal_bus_id
 
 VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 

@@ -10,7 +10,6 @@ Sources: NVML API reference, sections "NvLink Methods", "Device Queries" (``nvml
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from pytest_gpulayout.adapters.nvml_inquiry import (
     Inquiry,
 )
 from pytest_gpulayout.links import LinkClass
-from pytest_gpulayout.topology import SWITCH, NvLinks, P2pStatus
+from pytest_gpulayout.topology import SWITCH, NvLinks, P2pStatus, normal_bus_id, sysfs_bus_id
 
 # nvmlGpuTopologyLevel_t. Two GPUs on one board (0) meet at the board's own switch, as nvidia-smi prints it.
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
@@ -43,7 +42,6 @@ _FIELD_SWITCH_LINKS = 147  # NVML_FI_DEV_NVSWITCH_CONNECTED_LINK_COUNT
 _FIELD_SPEED = 164  # NVML_FI_DEV_NVLINK_GET_SPEED, for the link in scopeId
 # NVML_FI_DEV_NVLINK_SPEED_MBPS_L0 and following, of drivers that do not know the one above.
 _FIELDS_SPEED_OF_LINK = (84, 85, 86, 87, 88, 89, 132, 133, 134, 135, 136, 137)
-_BUS_ID = re.compile(r"([0-9a-fA-F]{4,8}):([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +133,7 @@ class _NvlinkReader:
 
     def _pci_class(self, bus_id: str) -> str | None:
         """What sysfs says of a device, such as ``"0x030200"``; virtual machines and containers may not show it."""
-        domain, rest = bus_id.lower().split(":", 1)
-        path = self.sysfs / "bus/pci/devices" / f"{int(domain, 16):04x}:{rest}" / "class"
+        path = self.sysfs / "bus/pci/devices" / sysfs_bus_id(bus_id) / "class"
         try:
             return path.read_text().strip()
         except OSError:
@@ -178,18 +175,6 @@ class _NvlinkReader:
         if found is None:
             return [None] * len(wanted)
         return [int(one.value.uiVal) if one.nvmlReturn == 0 else None for one in found]
-
-
-def normal_bus_id(text: str) -> str | None:
-    """Return ``00000000:0F:00.0`` for ``0000:0f:00.0``; NVML writes the domain with 4 or 8 digits.
-
-    :returns: ``None`` for what is no bus id, such as the ``FFFFFFF:FFFF:FF`` of a device that a hypervisor hides.
-    """
-    match = _BUS_ID.fullmatch(text)
-    if match is None:
-        return None
-    domain, bus, device, function = match.groups()
-    return f"{int(domain, 16):08X}:{bus}:{device}.{function}".upper()
 
 
 @dataclass(frozen=True, slots=True)

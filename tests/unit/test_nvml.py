@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import pytest
 
 from pytest_gpulayout.adapters.nvml import NvmlTopology
-from pytest_gpulayout.adapters.nvml_links import normal_bus_id
 from pytest_gpulayout.errors import TopologyError
-from pytest_gpulayout.topology import Device, Fabric, NvLinks, PcieLink, Topology
+from pytest_gpulayout.topology import Device, Fabric, NvLinks, PcieLink, Topology, normal_bus_id
 from pytest_gpulayout.topology_document import topology_from_document, topology_to_document
 from pytest_gpulayout.topology_table import topology_to_text
 from pytest_gpulayout.topology_text import parse_topology_text
