@@ -11,7 +11,7 @@ One rule differs on purpose: an empty sample has no median. vLLM writes 0 there;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, Literal
@@ -248,8 +248,7 @@ def _batch_object(batch: BatchTrace) -> dict[str, Any]:
         "failed": len(batch.requests) - len(batch.completed),
         "reconnects": batch.reconnects,
         "loop_lag_max_ms": batch.loop_lag_max_ns / _NS_PER_MS,
-        "client_wait_ms": None if batch.client_wait_ns is None else batch.client_wait_ns / _NS_PER_MS,
-        "client_cpu_share": batch.client_cpu_ns / _NS_PER_S / batch.duration_s if batch.duration_s else None,
+        "clients": [asdict(client) for client in batch.clients],
         "metrics": _metrics_of(batch) if batch.completed else None,
     }
 

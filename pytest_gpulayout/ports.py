@@ -6,13 +6,15 @@ Nothing here opens a file, socket or process. Public fakes for every port are in
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from pytest_gpulayout.layout import Layout
 
 if TYPE_CHECKING:
+    from pytest_gpulayout.calibration import Calibration
     from pytest_gpulayout.occupancy import Occupancy, OccupancyReport
     from pytest_gpulayout.surroundings import Surroundings
     from pytest_gpulayout.topology import Device, Topology
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from pytest_gpulayout.workload import Workload
 
 Platform = Literal["cuda", "cpu"]
+
+Seen_co = TypeVar("Seen_co", covariant=True)
 
 Progress = Callable[[str], None]
 """Takes one short line that says what is going on now; shown live, the last one wins."""
@@ -62,13 +66,48 @@ class GpuProcessSource(Protocol):
         """Return what runs under a process id, such as ``python train.py (user bob)``; ``""`` if it is not seen."""
 
 
+class Watch(Protocol[Seen_co]):
+    """Looks at something while it is entered; what it saw can be had once it was left."""
+
+    def __enter__(self) -> object:
+        """Begin to look."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Stop looking; never raises because something could not be seen, but says so in what it saw."""
+
+    @property
+    def seen(self) -> Seen_co:
+        """What it saw between entering and leaving."""
+
+
+class Calibrator(Protocol):
+    """Finds out how far the load driver is from the truth on this host."""
+
+    def calibrate(self, streams: int, progress: Progress) -> Calibration:
+        """Measure a server that knows what it did; takes about two seconds, and is done once for each number.
+
+        :param streams: requests in flight.
+        :raises pytest_gpulayout.errors.MeasurementError: nothing could be measured.
+        """
+
+
 class LoadDriver(Protocol):
     """Sends a workload to a server and records what happened to every request."""
 
-    def run(self, endpoint: Endpoint, workload: Workload, *, seed: int, progress: Progress) -> RunTrace:
+    def run(
+        self,
+        endpoint: Endpoint,
+        workload: Workload,
+        *,
+        seed: int,
+        progress: Progress,
+        window: AbstractContextManager[object] | None = None,
+    ) -> RunTrace:
         """Warm up, then send all batches of the workload.
 
-        :param seed: of the prompts; a new one for each run, so that no prefix cache can answer.
+        :param seed: of the prompts and the arrivals; a new one for each run, so that no prefix cache can answer.
+        :param window: entered after the warm-up, when nothing is in flight, and left after the last batch: what is
+            observed inside is what the batches caused.
         :raises pytest_gpulayout.errors.MeasurementError: nothing could be measured.
         """
 

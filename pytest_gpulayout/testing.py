@@ -22,6 +22,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -485,7 +486,15 @@ class FakeLoadDriver:
         self.runs: list[tuple[Endpoint, Workload]] = []
         """Where each run went, and what it was asked to send."""
 
-    def run(self, endpoint: Endpoint, workload: Workload, *, seed: int, progress: Progress) -> RunTrace:
+    def run(
+        self,
+        endpoint: Endpoint,
+        workload: Workload,
+        *,
+        seed: int,
+        progress: Progress,
+        window: AbstractContextManager[object] | None = None,
+    ) -> RunTrace:
         """Return the trace of all batches; see :class:`pytest_gpulayout.ports.LoadDriver`.
 
         :raises MeasurementError: the one that was scripted for this run.
@@ -499,14 +508,15 @@ class FakeLoadDriver:
         indices = itertools.count()
         batches: list[BatchTrace] = []
         now_ns = 10**12
-        for batch in range(workload.batches):
-            batches.append(self._batch(batch, workload, now_ns, factor, indices))
-            now_ns = batches[-1].end_ns + _NS_PER_MS
+        with window or nullcontext():
+            for batch in range(workload.batches):
+                batches.append(self._batch(batch, workload, now_ns, factor, indices))
+                now_ns = batches[-1].end_ns + _NS_PER_MS
         return RunTrace(
             batches=tuple(batches),
             seed=seed,
             warmup_requests=workload.warmup_requests,
-            connections=workload.concurrency,
+            connections=workload.in_flight,
             timestamp_source="computed",
             started_s=1_700_000_000.0,
         )
@@ -514,7 +524,7 @@ class FakeLoadDriver:
     def _batch(
         self, batch: int, workload: Workload, start_ns: int, factor: float, indices: Iterator[int]
     ) -> BatchTrace:
-        free_at = [start_ns] * workload.concurrency
+        free_at = [start_ns] * workload.in_flight
         requests = []
         for index in itertools.islice(indices, workload.requests):
             request = self._request(index, batch, workload, heapq.heappop(free_at), factor * self._spread())
@@ -529,7 +539,7 @@ class FakeLoadDriver:
         return RequestTrace(
             index=index,
             batch=batch,
-            prompt_tokens=workload.input_tokens,
+            prompt_tokens=workload.input_tokens or 0,
             output_tokens=0 if failed else tokens,
             send_ns=send_ns,
             chunk_ns=() if failed else chunks,

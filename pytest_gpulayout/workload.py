@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_gpulayout.errors import WorkloadError
 
@@ -20,33 +21,83 @@ if TYPE_CHECKING:
 _SCHEMA = "workload"
 _ONE_WAVE = -1
 _NOT_THE_LOAD = ("name", "batches")
+_FIRST_FIELDS = ("name", "input_tokens", "output_tokens", "concurrency", "requests", "batches", "warmup_requests")
+_DEFAULTS = {"burstiness": 1.0, "api": "completions"}
+
+
+Api = Literal["completions", "chat"]
+"""``POST /v1/completions`` or ``POST /v1/chat/completions``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RampUp:
+    """An arrival rate that grows over a batch, as ``vllm bench serve --ramp-up-strategy`` does.
+
+    :param strategy: how it grows with the share of the requests that were sent. :param start_rate: req/s of the
+        first request. :param end_rate: req/s of the last one.
+    """
+
+    strategy: Literal["linear", "exponential"]
+    start_rate: float
+    end_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """An image that is made for each prompt, in pixels."""
+
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A closed loop: ``concurrency`` requests are in flight until ``requests`` were sent, ``batches`` times.
+    """What is sent, how, and how many.
+
+    A *closed loop* has ``concurrency`` requests in flight until ``requests`` were sent. *Open arrivals* come by
+    ``rate`` (or ``ramp_up``), whether the server keeps up or not; ``concurrency`` then is a limit on top, and a
+    request that waits for a place waits in the client. Either is repeated ``batches`` times.
 
     :param name: of the workload; part of a baseline's file name.
-    :param input_tokens: exact length of each prompt. :param output_tokens: exact length of each answer.
-    :param concurrency: requests in flight at a time. :param requests: in one batch.
+    :param input_tokens: exact length of each prompt; ``None`` where ``prompts`` are given.
+    :param output_tokens: exact length of each answer; where ``response_schemas`` end it, the most it may have.
+    :param requests: in one batch.
+    :param concurrency: requests in flight at a time; ``None`` for open arrivals without a limit.
+    :param rate: requests per second, ``inf`` for all at once; ``None`` for a closed loop, or with ``ramp_up``.
+    :param burstiness: shape of the gamma distribution of the gaps between arrivals; 1 is Poisson, less is burstier,
+        ``inf`` is a constant rate. (``vllm bench serve --burstiness``.)
     :param batches: in one run; each is an independent sample.
     :param warmup_requests: sent before the first batch and not measured; one full wave unless given, so that
         the server has seen the shape of the load.
+    :param prompts: texts that are sent in turns, instead of random ones.
+    :param response_schemas: JSON Schemas that the answers must follow, in turns; ``()`` for free text.
+    :param image: goes along with each prompt, and needs the chat API.
+    :param shares_prefix: prompts may be answered from the prefix cache; without it that makes a run invalid.
+    :param goodput: limits in ms of ``ttft``, ``tpot`` and ``e2el``; a request that keeps all of them is good.
     :raises WorkloadError: fewer requests than ``concurrency``, which then would never be reached.
     """
 
     name: str
-    input_tokens: int
     output_tokens: int
-    concurrency: int
     requests: int
+    input_tokens: int | None = None
+    concurrency: int | None = None
+    rate: float | None = None
+    burstiness: float = 1.0
+    ramp_up: RampUp | None = None
     batches: int = 4
     warmup_requests: int = _ONE_WAVE
+    api: Api = "completions"
+    prompts: tuple[str, ...] = ()
+    response_schemas: tuple[Mapping[str, Any], ...] = ()
+    image: ImageSize | None = None
+    shares_prefix: bool = False
+    goodput: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.warmup_requests == _ONE_WAVE:
-            object.__setattr__(self, "warmup_requests", self.concurrency)
-        if self.requests < self.concurrency:
+            object.__setattr__(self, "warmup_requests", self.in_flight)
+        if self.requests < self.in_flight:
             raise WorkloadError(
                 f"a batch needs at least as many requests as are in flight at a time ({self.concurrency})\n"
                 f"  found: requests = {self.requests}\n"
@@ -54,9 +105,27 @@ class Workload:
                 f"  raise requests to {self.concurrency}, or lower concurrency to {self.requests}"
             )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests arrive by a timetable instead of when a place becomes free."""
+        return self.rate is not None or self.ramp_up is not None
+
+    @property
+    def in_flight(self) -> int:
+        """Most requests that can be in flight at a time."""
+        return self.requests if self.concurrency is None else self.concurrency
+
     def to_document(self) -> dict[str, Any]:
-        """Return the mapping that :func:`workload_from_mapping` reads."""
-        return asdict(self)
+        """Return the mapping that :func:`workload_from_mapping` reads, an infinite number as ``"inf"``.
+
+        Fields that the first version did not have are left out at their default, so that fingerprints stay.
+        """
+        document = {
+            key: value
+            for key, value in asdict(self).items()
+            if key in _FIRST_FIELDS or value not in (None, (), {}, False, _DEFAULTS.get(key))
+        }
+        return {key: "inf" if value == math.inf else value for key, value in document.items()}
 
     def fingerprint(self) -> str:
         """Return 12 hex digits that differ for another load: all but the name and the number of batches.

@@ -21,7 +21,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from http import HTTPStatus
 from random import Random
 from urllib.parse import SplitResult, urlsplit
@@ -31,7 +31,7 @@ from pytest_gpulayout.adapters.http_exchange import RECV_BYTES, Connection, Exch
 from pytest_gpulayout.adapters.sse import error_message, read_completion_stream
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.ports import Endpoint, Progress
-from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
+from pytest_gpulayout.trace import BatchTrace, ClientWork, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 
 TIMESTAMP_SOURCE = "CLOCK_MONOTONIC in user space, right after recv() returned"
@@ -67,7 +67,15 @@ class OpenAiStreamDriver:
         self._stall_timeout_s = stall_timeout_s
         self._connect_timeout_s = connect_timeout_s
 
-    def run(self, endpoint: Endpoint, workload: Workload, *, seed: int, progress: Progress) -> RunTrace:
+    def run(
+        self,
+        endpoint: Endpoint,
+        workload: Workload,
+        *,
+        seed: int,
+        progress: Progress,
+        window: AbstractContextManager[object] | None = None,
+    ) -> RunTrace:
         """Warm up, then send all batches of the workload.
 
         :param seed: of the prompts; a new one for each run, so that no prefix cache can answer.
@@ -83,15 +91,15 @@ class OpenAiStreamDriver:
             stack.callback(load.close)
             load.warm_up([next(payloads) for _ in range(workload.warmup_requests)])
             bodies = [[next(payloads) for _ in range(workload.requests)] for _ in range(workload.batches)]
-            batches = tuple(load.measure(index, batch) for index, batch in enumerate(bodies))
+            with window or nullcontext():
+                batches = tuple(load.measure(index, batch) for index, batch in enumerate(bodies))
         return RunTrace(
             batches=batches,
             seed=seed,
             warmup_requests=workload.warmup_requests,
-            connections=workload.concurrency,
+            connections=workload.in_flight,
             timestamp_source=TIMESTAMP_SOURCE,
             started_s=started_s,
-            scheduling=load.scheduling,
         )
 
 
@@ -107,7 +115,7 @@ class _Load:
         self._connect_s = connect_s
         self._progress = LimitedProgress(progress)
         self.scheduling = "SCHED_OTHER"
-        self._connections = [Connection() for _ in range(workload.concurrency)]
+        self._connections = [Connection() for _ in range(workload.in_flight)]
 
     def close(self) -> None:
         for connection in self._connections:
@@ -156,9 +164,14 @@ class _Load:
             start_ns=loop.start_ns,
             end_ns=loop.end_ns,
             reconnects=reopened + loop.reconnects,
-            loop_lag_max_ns=loop.lag_max_ns,
-            client_cpu_ns=loop.cpu_ns,
-            client_wait_ns=loop.wait_ns,
+            clients=(
+                ClientWork(
+                    cpu_ns=loop.cpu_ns,
+                    wait_ns=loop.wait_ns,
+                    lag_max_ns=loop.lag_max_ns,
+                    scheduling=self.scheduling,
+                ),
+            ),
         )
 
     def _loop(self, exchanges: Sequence[Exchange], stage: str) -> ClosedLoop:
@@ -285,7 +298,7 @@ def _payloads(server: ServerAddress, workload: Workload, token_ids: Sequence[int
         "stream_options": {"include_usage": True},
     }
     while True:
-        prompt = random.choices(token_ids, k=workload.input_tokens)
+        prompt = random.choices(token_ids, k=workload.input_tokens or 0)
         body = json.dumps({"prompt": prompt, **constant}, separators=(",", ":")).encode()
         yield server.encode("POST", "/v1/completions", body)
 
@@ -306,7 +319,7 @@ def _trace(exchange: Exchange, index: int, batch: int, workload: Workload) -> Re
     return RequestTrace(
         index=index,
         batch=batch,
-        prompt_tokens=workload.input_tokens if prompt_tokens is None else prompt_tokens,
+        prompt_tokens=(workload.input_tokens or 0) if prompt_tokens is None else prompt_tokens,
         output_tokens=counted or 0,
         send_ns=exchange.send_ns,
         chunk_ns=stream.chunk_ns,

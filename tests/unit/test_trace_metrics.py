@@ -8,7 +8,7 @@ import pytest
 
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import METRICS, batch_metrics, vllm_result
-from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
+from pytest_gpulayout.trace import BatchTrace, ClientWork, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 
 MS = 1_000_000
@@ -42,8 +42,7 @@ def run_of(*batches: tuple[RequestTrace, ...], batch_ms: int = 2000) -> RunTrace
                 start_ns=1000 * MS,
                 end_ns=(1000 + batch_ms) * MS,
                 reconnects=1,
-                loop_lag_max_ns=(index + 1) * MS,
-                client_cpu_ns=100 * MS,
+                clients=(ClientWork(lag_max_ns=(index + 1) * MS, cpu_ns=100 * MS),),
             )
             for index, requests in enumerate(batches)
         ),
@@ -182,7 +181,6 @@ def test_vllm_result_is_json_and_keeps_our_facts_in_one_object() -> None:
     assert own["client"] == {"scheduling": "SCHED_OTHER", "connections": 2, "reconnects": 1, "loop_lag_max_ms": 1.0}
     assert own["system_fingerprints"] == ["vllm-0.32.0-tp2-0a1b2c3d"]
     assert [row["ttft_ms"] for row in own["requests"]] == [100.0, None]
-    assert own["batches"][0]["client_cpu_share"] == 0.05
 
 
 def test_facts_of_a_run_are_sums_or_worst_cases_of_its_batches() -> None:
