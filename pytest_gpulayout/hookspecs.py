@@ -57,6 +57,9 @@ def pytest_gpulayout_gpu_processes(settings: Settings) -> GpuProcessSource | Non
 def pytest_gpulayout_load_driver(settings: Settings) -> LoadDriver | None:
     """Return what sends the load.
 
+    It is not calibrated, and nothing but its own word is known of server and devices: what it puts into
+    ``RunTrace.observations`` and ``BatchTrace.clients`` is judged, and what it leaves out is not.
+
     Example: a unit test of a suite, without any server::
 
         def pytest_gpulayout_load_driver(settings):

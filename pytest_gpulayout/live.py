@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pytest
 
 _INTERVAL_S = 0.2
-_INTERVAL_WITHOUT_TERMINAL_S = 15.0
+_INTERVAL_WITHOUT_TERMINAL_S = 30.0
 
 
 class LiveLine:

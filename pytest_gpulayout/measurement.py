@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches, is_measurement
+from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches
 from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.trace import RunTrace
+from pytest_gpulayout.validity import Problem, find_problems
 from pytest_gpulayout.verdict import MetricSample
 from pytest_gpulayout.workload import Workload
 
@@ -40,53 +41,69 @@ class Judgeable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One workload on one layout. :param runs: (n_starts,), one per fresh server start, oldest first."""
+    """One workload on one layout.
+
+    :param runs: (n_starts,), one per fresh server start, oldest first.
+    :param disturbances: what was wrong beside a run and does not show in its trace, by its position.
+    """
 
     identity: Identity
     workload: Workload
     runs: tuple[RunTrace, ...]
+    disturbances: Mapping[int, tuple[Problem, ...]] = field(default_factory=dict)
+    # Metrics take 0.1 s for a million gaps and are asked for one by one; a run never changes, so its are computed
+    # once. By position: a trace is too large to be hashed.
+    _computed: dict[int, list[dict[str, float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _found: dict[int, tuple[Problem, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def with_run(self, run: RunTrace) -> Measurement:
-        """Return this measurement with one more server start."""
-        return replace(self, runs=(*self.runs, run))
+    def with_run(self, run: RunTrace, disturbances: tuple[Problem, ...] = ()) -> Measurement:
+        """Return this measurement with one more server start, and what was wrong beside it."""
+        disturbed = {**self.disturbances, len(self.runs): disturbances}
+        longer = replace(self, runs=(*self.runs, run), disturbances=disturbed)
+        longer._computed.update(self._computed)
+        longer._found.update(self._found)
+        return longer
+
+    def batch_metrics(self) -> list[list[dict[str, float]]]:
+        """Return (n_starts,) of (n_batches,) metrics by name.
+
+        :raises MeasurementError: they do not exist; see :func:`pytest_gpulayout.metrics.batch_metrics`.
+        """
+        for position, run in enumerate(self.runs):
+            if position not in self._computed:
+                self._computed[position] = batch_metrics(run, goodput=self.workload.goodput)
+        return [self._computed[position] for position in range(len(self.runs))]
 
     def samples(self, metric: str) -> tuple[MetricSample, ...]:
         """Return (n_starts,) samples of one metric; starts that cannot have it (TPOT of one token) are left out."""
-        batches = ([b[metric] for b in batch_metrics(run) if metric in b] for run in self.runs)
+        batches = ([batch[metric] for batch in run if metric in batch] for run in self.batch_metrics())
         return tuple(MetricSample(tuple(values)) for values in batches if values)
+
+    def problems_of(self, position: int) -> tuple[Problem, ...]:
+        """Return all that is wrong with one server start. :param position: from 0."""
+        if position not in self._found:
+            found = find_problems(self.runs[position], self.workload)
+            self._found[position] = (*found, *self.disturbances.get(position, ()))
+        return self._found[position]
 
     def problems(self) -> tuple[str, ...]:
         """Say why these numbers must be neither judged nor stored; empty when they are sound."""
-        found = [] if self.runs else ["no server start was measured"]
-        for number, run in enumerate(self.runs, 1):
-            if run.failed:
-                first = run.failed[0].error
-                found.append(
-                    f"{len(run.failed)} of {len(run.requests)} requests failed on server start {number}; "
-                    f"the first: {first}"
-                )
-            elif len(run.fingerprints) > 1:
-                found.append(f"different servers answered on start {number}: {', '.join(run.fingerprints)}")
-            elif unfit := _unfit_metrics(run):
-                found.append(f"zero or not finite on server start {number}: {', '.join(unfit)}")
-        return tuple(found)
+        if not self.runs:
+            return ("no server start was measured",)
+        starts = range(len(self.runs))
+        return tuple(f"{problem} (server start {n + 1})" for n in starts for problem in self.problems_of(n))
 
     def as_session(self, recorded: str) -> BaselineSession:
         """Return what a baseline stores of this. :param recorded: UTC, ISO 8601."""
         runs = []
-        for run in self.runs:
-            metrics = fold_batches(batch_metrics(run))
+        for run, batches in zip(self.runs, self.batch_metrics(), strict=True):
+            metrics = fold_batches(batches)
             rounded = {name: tuple(map(_rounded, values)) for name, values in metrics.items()}
             runs.append(BaselineRun(len(run.requests), rounded))
         identity = self.identity
         return BaselineSession(
             recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology
         )
-
-
-def _unfit_metrics(run: RunTrace) -> list[str]:
-    values = (item for batch in batch_metrics(run) for item in batch.items())
-    return sorted({name for name, value in values if not is_measurement([value])})
 
 
 def _rounded(value: float) -> float:

@@ -62,7 +62,13 @@ OPTIONS = (
     Option("devices", "0,1", "use exactly these GPUs (indices or UUIDs); default: the best placement"),
     Option("topology", "FILE", "a recorded topology (JSON, or nvidia-smi topo -m text) in place of probing"),
     Option("transport", "LIST", "transports allowed, such as p2p,nvls; default: all but NET/Socket and CPU/GLOO"),
-    Option("workload", "NAME", "workload of tests that do not name one (default: smoke)", "smoke"),
+    Option(
+        "workload",
+        "NAME_OR_FILE",
+        "workload of tests that do not name one: a built-in one (smoke, structured-100, random-300, "
+        "single-image-latency), one of pyproject.toml, FILE.toml or FILE.json, FILE#NAME (default: smoke)",
+        "smoke",
+    ),
     Option(
         "baseline",
         "check|new|update|off",

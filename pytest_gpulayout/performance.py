@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pytest_gpulayout.errors import MeasurementError
+from pytest_gpulayout.errors import ServerError
 from pytest_gpulayout.gate import NOISE_PRIORS, GateInputs, GatePolicy, PlacedLayout, judge_performance
 from pytest_gpulayout.measurement import Measurement
-from pytest_gpulayout.ports import LoadDriver, Server
+from pytest_gpulayout.ports import Server
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.verdict import Verdict
 
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
     from pytest_gpulayout.settings import Settings
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.trace import RunTrace
+    from pytest_gpulayout.validity import Problem
     from pytest_gpulayout.wiring import Wiring
     from pytest_gpulayout.workload import Workload
 
 
 class Performance:
-    """The measuring side of a run: one load driver, the servers' owner, and the policy of the options.
+    """The measuring side of a run: observed load, the servers' owner, and the policy of the options.
 
-    :param after_load: called after each run of load; what it raises takes the place of the numbers.
+    :param after_load: called after each run of load; what it returns makes the numbers invalid, and what it raises
+        takes their place.
     """
 
     def __init__(
@@ -38,14 +40,13 @@ class Performance:
         wiring: Wiring,
         servers: ServerOwner,
         live: LiveLine,
-        after_load: Callable[[], None],
+        after_load: Callable[[], tuple[Problem, ...]],
     ) -> None:
         self._settings = settings
         self._wiring = wiring
         self._servers = servers
         self._live = live
         self._after_load = after_load
-        self._driver: LoadDriver | None = None
 
     def measure(
         self, server: Server, placed: PlacedLayout, model: ModelSpec, arguments: tuple[str, ...], workload: Workload
@@ -64,21 +65,21 @@ class Performance:
             workload=workload,
             proof=server.proof,
         )
-        run = self._load(server, workload)
+        run, problems = self._load(server, workload)
         covariates = {**identity.covariates, "client scheduling": run.scheduling}
-        return Measurement(replace(identity, covariates=covariates), workload, (run,))
+        return Measurement(replace(identity, covariates=covariates), workload, ()).with_run(run, problems)
 
-    def _load(self, server: Server, workload: Workload) -> RunTrace:
-        self._driver = self._driver or self._wiring.driver()
+    def _load(self, server: Server, workload: Workload) -> tuple[RunTrace, tuple[Problem, ...]]:
+        observer = self._wiring.observer(server)
+        seed, progress = secrets.randbits(48), self._live.update
         try:
-            run = self._driver.run(server.endpoint, workload, seed=secrets.randbits(48), progress=self._live.update)
-        except MeasurementError:
-            self._servers.check()  # a dead server explains more than the requests that it left behind
+            run = observer.run(server.endpoint, workload, seed=seed, progress=progress, server=server)
+        except ServerError:
+            self._servers.check()  # clears it away, so that the next test gets a fresh one
             raise
         finally:
             self._live.clear()
-        self._after_load()
-        return run
+        return run, self._after_load()
 
     def judge(self, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> tuple[Verdict, Measurement]:
         """Judge a measurement; returns it with all its starts.
@@ -101,7 +102,7 @@ class Performance:
         number = len(measurement.runs) + 1
         layout = measurement.identity.key.layout
         self._live.say(f"{layout}: {measurement.workload.name}: fresh server start {number}")
-        return measurement.with_run(self._load(self._servers.restart(), measurement.workload))
+        return measurement.with_run(*self._load(self._servers.restart(), measurement.workload))
 
     def _policy(self, tolerances: Mapping[str, Tolerance]) -> GatePolicy:
         return GatePolicy(

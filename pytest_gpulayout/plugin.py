@@ -172,7 +172,7 @@ def measure(
     from pytest_gpulayout.workload import as_workload
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
-        wanted = gpu_workload if workload is None else as_workload(workload)
+        wanted = gpu_workload if workload is None else as_workload(workload, gpu_session.settings.workloads)
         return gpu_session.performance.measure(vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted)
 
     return measure

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pytest_gpulayout.drift import wiring_document
-from pytest_gpulayout.metrics import METRICS, vllm_result
+from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.tolerance import percent_text
 from pytest_gpulayout.topology_faults import describe_faults
 from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
+from pytest_gpulayout.vllm_result import vllm_result
 
 if TYPE_CHECKING:
     from pytest_gpulayout.causes_case import Finding
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.occupancy import OccupancyReport, RankOccupancy
     from pytest_gpulayout.ports import Server, ServerSpec
     from pytest_gpulayout.transport import TransportReport, TransportViolation
+    from pytest_gpulayout.validity import Problem
 
 RESULTS_SCHEMA_VERSION = 1
 
@@ -262,10 +264,20 @@ def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
         "advisory": [_advisory_document(row) for row in verdict.advisory],
         "baseline": verdict.baseline_path,
         "identity": asdict(identity),
-        "runs": [
-            vllm_result(run, measurement.workload, model=identity.key.model["name"]) for run in measurement.runs
-        ],
+        "runs": [_run_document(measurement, position) for position in range(len(measurement.runs))],
     }
+
+
+def _run_document(measurement: Measurement, position: int) -> Record:
+    name = measurement.identity.key.model["name"]
+    document = vllm_result(measurement.runs[position], measurement.workload, model=name)
+    document["gpulayout"]["problems"] = problem_documents(measurement.problems_of(position))
+    return document
+
+
+def problem_documents(problems: Iterable[Problem]) -> list[Record]:
+    """``[{"kind": "client-bound", "text": "..."}]``."""
+    return [{"kind": problem.kind, "text": problem.text} for problem in problems]
 
 
 def metric_document(metric: MetricVerdict) -> Record:
@@ -356,6 +368,7 @@ def _performance_table(test: str, record: Record) -> list[str]:
     rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [title, *([f"    {record['drift']}"] if record.get("drift") else [])]
+    lines += [f"    {telemetry}" for telemetry in _telemetry_of_last(record["runs"])]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
         lines.append("    " + "  ".join([*cells, row[4]]).rstrip())
@@ -363,6 +376,12 @@ def _performance_table(test: str, record: Record) -> list[str]:
         lines += [f"    changed since the baseline: {change}" for change in record["changed"]]
     lines += [f"    {reason}" for reason in record["reasons"]]
     return lines
+
+
+def _telemetry_of_last(runs: Sequence[Record]) -> list[str]:
+    """One line on how the devices fared, where somebody looked."""
+    telemetry = runs[-1]["gpulayout"].get("telemetry") if runs else None
+    return [telemetry["summary"]] if telemetry else []
 
 
 def _row(metric: Mapping[str, Any], stored: str) -> tuple[str, str, str, str, str]:

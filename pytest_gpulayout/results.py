@@ -67,10 +67,10 @@ def _problems(runs: list[Mapping[str, Any]]) -> tuple[str, ...]:
     for number, run in enumerate(runs, 1):
         own = run["gpulayout"]
         values = [value for batch in own["batches"] for value in (batch["metrics"] or {"none": 0}).values()]
-        if run["failed"]:
+        if known := own.get("problems"):
+            found += [f"{problem['kind']}: {problem['text']} (server start {number})" for problem in known]
+        elif run["failed"]:  # the first versions did not keep their findings
             found.append(f"{run['failed']} of {run['num_prompts']} requests failed on server start {number}")
-        elif len(own["system_fingerprints"]) > 1:
-            found.append(f"different servers answered on start {number}: {', '.join(own['system_fingerprints'])}")
         elif not is_measurement(values):
             found.append(f"a metric of server start {number} is zero, missing or not finite")
     return tuple(found)

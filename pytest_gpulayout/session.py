@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +52,13 @@ from pytest_gpulayout.servers import ModelSpec, ServerOwner
 from pytest_gpulayout.settings import Settings, model_of_marker, workload_of_marker
 from pytest_gpulayout.topology import why_unusable
 from pytest_gpulayout.transport import TransportReport, forbidden
+from pytest_gpulayout.validity import Problem
 from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.wiring import Wiring
 
 if TYPE_CHECKING:
     from pytest_gpulayout.links import LinkRequirement
+    from pytest_gpulayout.occupancy import OccupancyReport
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.topology import Topology
     from pytest_gpulayout.workload import Workload
@@ -86,6 +88,7 @@ class GpuSession:
         self._told: dict[str, str] = {}
         self._group: str | None = None
         self._item: pytest.Item | None = None
+        self._disturbance = ""
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -116,18 +119,25 @@ class GpuSession:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
         """Turn this package's errors in fixtures into their message alone."""
+        self._disturbance = ""
         yield from self._messages_alone(item)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
         """Turn this package's errors in a test into their message alone."""
-        yield from self._messages_alone(item)
+        yield from self._messages_alone(item, at_end=self._assert_undisturbed)
 
-    def _messages_alone(self, item: pytest.Item) -> Generator[None, None, None]:
-        """Show an error without traceback, since its text is complete; what was told before is only referred to."""
+    def _messages_alone(
+        self, item: pytest.Item, at_end: Callable[[], None] = lambda: None
+    ) -> Generator[None, None, None]:
+        """Show an error without traceback, since its text is complete; what was told before is only referred to.
+
+        :param at_end: called when there was no error.
+        """
         self._item = item
         try:
             yield
+            at_end()
         except GpuLayoutError as error:
             message = str(error)
             item.stash[_BREACHED] = isinstance(error, (GateBreached, LinkError))
@@ -234,7 +244,7 @@ class GpuSession:
     def workload(self, item: pytest.Item) -> Workload:
         """The workload of a test: of its marker, else of the options."""
         marker = item.get_closest_marker("gpu_workload")
-        return self.settings.workload if marker is None else workload_of_marker(marker)
+        return self.settings.workload if marker is None else workload_of_marker(marker, self.settings.workloads)
 
     def place(self, item: pytest.Item, layout: Layout, requirement: LinkRequirement) -> PlacedLayout:
         """Choose the devices of a layout; the same answer for the whole run."""
@@ -285,8 +295,14 @@ class GpuSession:
 
         :param is_new: record what was found even when nothing is wrong.
         """
+        report = self._look_at_processes(item, server, is_new=is_new)
+        if report is not None and report.violations:
+            raise GateBreached(processes_failure(server.spec, report))
+
+    def _look_at_processes(self, item: pytest.Item, server: Server, *, is_new: bool) -> OccupancyReport | None:
+        """Return on which GPUs its processes compute, and record it when there is something to tell."""
         if server.spec.platform == "cpu":
-            return
+            return None
         report = server.gpu_processes()
         if report is None:
             raise EvidenceError(
@@ -296,13 +312,29 @@ class GpuSession:
             )
         if is_new or report.violations:
             self.record(item, processes_record(server.spec.layout, report))
-        if report.violations:
-            raise GateBreached(processes_failure(server.spec, report))
+        return report
 
-    def _follow_load(self) -> None:
-        """After each run of load: numbers count for nothing when somebody else computed on the GPUs meanwhile."""
-        if self._item is not None and self.servers.current is not None:
-            self.check_processes(self._item, self.servers.current)
+    def _follow_load(self) -> tuple[Problem, ...]:
+        """After each run of load: numbers count for nothing when somebody else computed on the GPUs meanwhile.
+
+        :raises GateBreached: it is the server itself that is where it must not be.
+        """
+        server = self.servers.current
+        if self._item is None or server is None:
+            return ()
+        report = self._look_at_processes(self._item, server, is_new=False)
+        if report is None or not report.violations:
+            return ()
+        self._disturbance = processes_failure(server.spec, report)
+        if any(violation.kind != "foreign" for violation in report.violations):
+            raise GateBreached(self._disturbance)
+        advice = "end it, or choose other GPUs: --gpu-devices=..."
+        return tuple(Problem("foreign-process", f"{violation}; {advice}") for violation in report.violations)
+
+    def _assert_undisturbed(self) -> None:
+        """Fail a test that has measured beside somebody else and has not asked a gate, which would have told."""
+        if self._disturbance:
+            raise GateBreached(self._disturbance)
 
     def _spec(self, placed: PlacedLayout, model: ModelSpec, arguments: tuple[str, ...]) -> ServerSpec:
         return ServerSpec(
@@ -335,6 +367,8 @@ class GpuSession:
             self.record(item, performance_record(verdict, measurement))
             raise
         self.record(item, performance_record(verdict, measurement))
+        if verdict.status is Status.INVALID:
+            self._disturbance = ""  # it is among the reasons
         failing = {Status.REGRESSION, Status.INVALID}
         if self.settings.inconclusive == "fail":
             failing.add(Status.INCONCLUSIVE)

@@ -11,7 +11,9 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import pytest
@@ -23,7 +25,7 @@ from pytest_gpulayout.options import OPTION, raw_value
 from pytest_gpulayout.servers import ModelSpec
 from pytest_gpulayout.tolerance import parse_tolerances
 from pytest_gpulayout.transport import parse_allowed
-from pytest_gpulayout.workload import as_workload, find_workload
+from pytest_gpulayout.workload import as_workload
 
 if TYPE_CHECKING:
     from pytest_gpulayout.gate import BaselineMode
@@ -64,7 +66,10 @@ RESERVED_ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All options, read and checked. :param vllm_args: split as a shell would."""
+    """All options, read and checked.
+
+    :param vllm_args: split as a shell would. :param workloads: the user's own, of ``pyproject.toml``, by name.
+    """
 
     layouts: tuple[Layout, ...]
     model: str | None
@@ -75,6 +80,7 @@ class Settings:
     topology_file: Path | None
     transports: AllowedTransports
     workload: Workload
+    workloads: Mapping[str, Workload]
     baseline_mode: BaselineMode
     baseline_dir: str
     tolerances: dict[str, Tolerance]
@@ -92,6 +98,8 @@ def settings_from_config(config: pytest.Config) -> Settings:
     :raises pytest.UsageError: one of them is wrong; the message names the option.
     """
 
+    from pytest_gpulayout.adapters.workload_files import project_workloads
+
     def read(name: str, parse: Callable[[str], T]) -> T:
         return _read(config, name, parse)
 
@@ -108,7 +116,8 @@ def settings_from_config(config: pytest.Config) -> Settings:
         else None,
         topology_file=config.invocation_params.dir / topology if topology else None,
         transports=read("transport", parse_allowed),
-        workload=read("workload", find_workload),
+        workload=read("workload", partial(_workload, config)),
+        workloads=read("workload", lambda _: project_workloads(config.rootpath)),
         baseline_mode=cast("BaselineMode", read("baseline", _choice("baseline"))),
         baseline_dir=_baseline_dir(config),
         tolerances=read("tolerance", parse_tolerances),
@@ -158,6 +167,15 @@ def _positive(*, whole: bool = False, or_zero: bool = False) -> Callable[[str], 
 def _baseline_dir(config: pytest.Config) -> str:
     text = raw_value(config, "baseline-dir")
     return text if "://" in text else str(config.rootpath / text)
+
+
+def _workload(config: pytest.Config, text: str) -> Workload:
+    """Read a workload; a file's path is relative to where it was written: the command line or the ini file."""
+    from pytest_gpulayout.adapters.workload_files import load_workload
+
+    is_typed = config.getoption(OPTION["workload"].dest) is not None
+    folder = config.invocation_params.dir if is_typed else config.rootpath
+    return load_workload(text, folder=folder, project=config.rootpath)
 
 
 def check_model(text: str) -> str:
@@ -213,16 +231,17 @@ def model_of_marker(marker: pytest.Mark) -> ModelSpec:
         raise MarkerError(f"marker gpu_model: {error}") from error
 
 
-def workload_of_marker(marker: pytest.Mark) -> Workload:
+def workload_of_marker(marker: pytest.Mark, known: Mapping[str, Workload] = MappingProxyType({})) -> Workload:
     """Read ``gpu_workload(name_or_dict)``.
 
+    :param known: the user's own workloads, by name.
     :raises MarkerError: not one workload. :raises WorkloadError: it is unknown, or does not follow its schema.
     """
     try:
         wanted = _only_argument(marker, "workload")
     except ValueError as error:
         raise MarkerError(f"marker gpu_workload: {error}") from error
-    return as_workload(wanted)
+    return as_workload(wanted, known)
 
 
 def _only_argument(marker: pytest.Mark, noun: str) -> Any:

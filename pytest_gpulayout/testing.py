@@ -41,7 +41,7 @@ from pytest_gpulayout.occupancy import (
 from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
 from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.topology import Device, Topology
-from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
+from pytest_gpulayout.trace import BatchTrace, ClientWork, Observations, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 
 __all__ = [
@@ -463,6 +463,8 @@ class FakeLoadDriver:
     :param seed: of the noise. :param slow_down: factor on all latencies: of all runs, or one per run in order, the
         last of which stays. :param fail_requests: so many requests at the start of each run fail.
     :param errors: what a run raises, by its number, from 1.
+    :param observations: what else was seen in every run: a throttled GPU, a prefix cache that answered.
+    :param clients: what the client's processes tell of every batch.
     """
 
     def __init__(
@@ -475,7 +477,11 @@ class FakeLoadDriver:
         slow_down: float | Sequence[float] = 1.0,
         fail_requests: int = 0,
         errors: Mapping[int, MeasurementError] | None = None,
+        observations: Observations | None = None,
+        clients: Sequence[ClientWork] = (),
     ) -> None:
+        self._observations = observations or Observations()
+        self._clients = tuple(clients)
         self._ttft_ns = ttft_ms * _NS_PER_MS
         self._tpot_ns = tpot_ms * _NS_PER_MS
         self._noise = noise
@@ -519,6 +525,7 @@ class FakeLoadDriver:
             connections=workload.in_flight,
             timestamp_source="computed",
             started_s=1_700_000_000.0,
+            observations=self._observations,
         )
 
     def _batch(
@@ -530,7 +537,9 @@ class FakeLoadDriver:
             request = self._request(index, batch, workload, heapq.heappop(free_at), factor * self._spread())
             heapq.heappush(free_at, request.end_ns)
             requests.append(request)
-        return BatchTrace(index=batch, requests=tuple(requests), start_ns=start_ns, end_ns=max(free_at))
+        return BatchTrace(
+            index=batch, requests=tuple(requests), start_ns=start_ns, end_ns=max(free_at), clients=self._clients
+        )
 
     def _request(self, index: int, batch: int, workload: Workload, send_ns: int, factor: float) -> RequestTrace:
         tokens = workload.output_tokens

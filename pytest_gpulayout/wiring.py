@@ -6,14 +6,25 @@ Adapters are imported when they are used; some need packages or libraries that n
 from __future__ import annotations
 
 import os
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pytest_gpulayout.observing import Observer, client_cpus
 
 if TYPE_CHECKING:
     import pytest
 
     from pytest_gpulayout.layout import Layout
-    from pytest_gpulayout.ports import BaselineStore, GpuProcessSource, LoadDriver, ServerLauncher, TopologySource
+    from pytest_gpulayout.ports import (
+        BaselineStore,
+        Calibrator,
+        GpuProcessSource,
+        LoadDriver,
+        Server,
+        ServerLauncher,
+        TopologySource,
+    )
     from pytest_gpulayout.settings import Settings
 
 
@@ -68,17 +79,56 @@ class Wiring:
 
         return NvmlProcesses()
 
-    def driver(self) -> LoadDriver:
-        """What sends the load."""
-        driver: LoadDriver | None = self._hook.pytest_gpulayout_load_driver(settings=self._settings)
-        if driver is not None:
-            return driver
+    def observer(self, server: Server) -> Observer:
+        """What sends the load to a server and watches both; a driver that a hook names does its own watching."""
+        if self._users_driver is not None:
+            return Observer(self._users_driver)
         from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
+        from pytest_gpulayout.adapters.server_watch import ServerWatch
+        from pytest_gpulayout.adapters.telemetry_watch import TelemetryWatch
 
-        return OpenAiStreamDriver()
+        spec, pids = server.spec, tuple(server.proof.rank_pids.values())
+        cpus = client_cpus(os.sched_getaffinity(0), cores_of(server))
+        return Observer(
+            OpenAiStreamDriver(cpus=cpus),
+            calibrator=self._calibrator,
+            watch_server=partial(ServerWatch, log=server.log),
+            watch_devices=lambda: TelemetryWatch(spec.platform, spec.devices, server_pids=pids),
+        )
+
+    @cached_property
+    def _users_driver(self) -> LoadDriver | None:
+        driver: LoadDriver | None = self._hook.pytest_gpulayout_load_driver(settings=self._settings)
+        return driver
+
+    @cached_property
+    def _calibrator(self) -> Calibrator:
+        """One for the run, since it remembers what it measured."""
+        from pytest_gpulayout.adapters.calibrator import MockCalibrator
+
+        return MockCalibrator()
 
     def store(self) -> BaselineStore:
         """Where baselines are."""
         from pytest_gpulayout.adapters.baseline_files import open_baselines
 
         return open_baselines(self._settings.baseline_dir)
+
+
+def cores_of(server: Server) -> set[int]:
+    """Cores that the ranks are bound to: on the CPU platform as they were told, since each of their threads has its
+    own; else as the system says, which is all of them where nobody bound them.
+    """
+    from pytest_gpulayout.adapters.cpu_host import parse_cpus
+
+    cores: set[int] = set()
+    if server.spec.platform == "cpu":
+        for device in server.spec.devices:
+            cores |= set(parse_cpus(device.cpu_affinity or ""))
+        return cores
+    for pid in server.proof.rank_pids.values():
+        try:
+            cores |= os.sched_getaffinity(pid)
+        except OSError:  # it ended, or is not visible from here: nothing is known to be free
+            return set()
+    return cores

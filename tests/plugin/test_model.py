@@ -174,7 +174,7 @@ def test_wrong_type_of_workload_marker(suite: Suite) -> None:
     result.stdout.fnmatch_lines(
         [
             "marker gpu_workload: one workload is expected, found none",
-            "a workload must be one of the built-in ones",
+            "a workload must be a built-in one, or one of your own",
             "*use one of: smoke*",
             "a workload must follow its schema",
             "*no key 'output_tokens'; it has no default",

@@ -68,7 +68,7 @@ def test_option_beats_ini_key(suite: Suite) -> None:
         ("tolerance", "median_tpot=5%", "tolerance: unknown metric 'median_tpot', did you mean median_tpot_ms*"),
         ("tolerance", "median_tpot_ms=0", "tolerance: median_tpot_ms needs above 0 %*"),
         ("tolerance", "median_tpot_ms", "tolerance: expected METRIC=5% or METRIC=0.05, found 'median_tpot_ms'"),
-        ("workload", "smokey", "a workload must be one of the built-in ones"),
+        ("workload", "smokey", "a workload must be a built-in one, or one of your own"),
         ("starts", "0", "a whole number above 0 was expected, found '0'"),
         ("starts", "2.5", "a whole number above 0 was expected, found '2.5'"),
         ("budget", "-1", "a number above 0 was expected, found '-1'"),
@@ -112,6 +112,86 @@ def test_choices_hold_on_the_command_line_and_in_the_ini_file(suite: Suite, name
     result = suite.run("--gpu-layout=tp1")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: --gpu-{name} (ini: gpulayout_{name}): one of * was expected, found 'rocm'"])
+
+
+OWN_WORKLOAD = """
+[tool.pytest-gpulayout.workloads.mine]
+output_tokens = 8
+requests = 6
+rate = inf
+prompts_file = "texts/mine.txt"
+"""
+
+
+def own_workload(suite: Suite, text: str = OWN_WORKLOAD) -> None:
+    suite.write(test_it=ONE_TEST)
+    Path("pyproject.toml").write_text(text)
+    Path("texts").mkdir()
+    Path("texts/mine.txt").write_text("Why?\nHow?\n")
+
+
+def test_workload_of_pyproject_is_found_by_name(suite: Suite) -> None:
+    own_workload(suite)
+
+    result = suite.run("--gpu-layout=tp1", "--gpu-workload=mine", "-s")
+
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        ["*settings Settings(*workload=Workload(name='mine', output_tokens=8,*'Why?', 'How?'*"]
+    )
+
+
+def test_unknown_workload_lists_those_of_pyproject_too(suite: Suite) -> None:
+    own_workload(suite)
+
+    result = suite.run("--gpu-layout=tp1", "--gpu-workload=yours")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["  use one of: smoke, *, single-image-latency, mine; or describe your own: *"])
+
+
+def test_a_workload_of_pyproject_that_is_wrong_is_never_passed_over(suite: Suite) -> None:
+    own_workload(suite, OWN_WORKLOAD.replace("requests = 6", "request = 6"))
+
+    result = suite.run("--gpu-layout=tp1")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: --gpu-workload (ini: gpulayout_workload): *", "*unknown key 'request'*", "*pyproject.toml)"]
+    )
+
+
+def test_markers_and_measure_know_the_workloads_of_pyproject(suite: Suite) -> None:
+    own_workload(suite)
+    suite.write(
+        test_it="""
+        import pytest
+
+        @pytest.mark.gpu_workload("mine")
+        def test_marker(measure):
+            assert measure().workload.name == "mine"
+
+        def test_fixture(measure):
+            assert measure("mine").workload.name == "mine"
+        """
+    )
+
+    suite.run("--gpu-layout=tp1").assert_outcomes(passed=2)
+
+
+def test_workload_file_lies_beside_where_it_is_named(suite: Suite) -> None:
+    suite.write(test_it=ONE_TEST)
+    description = '{"input_tokens": 5, "output_tokens": 3, "concurrency": 1, "requests": 2}'
+    Path("below").mkdir()
+    Path("below/typed.json").write_text(description)
+    Path("ini.json").write_text(description)
+    suite.ini("gpulayout_workload = ini.json")
+
+    typed = suite.run("--gpu-layout=tp1", "--gpu-workload=below/typed.json", "-s")
+    by_ini = suite.run("--gpu-layout=tp1", "-s")
+
+    typed.stdout.fnmatch_lines(["*settings Settings(*workload=Workload(name='typed'*"])
+    by_ini.stdout.fnmatch_lines(["*settings Settings(*workload=Workload(name='ini'*"])
 
 
 def test_reserved_argument_in_any_spelling(suite: Suite) -> None:

@@ -87,7 +87,7 @@ def test_failed_requests_are_invalid_in_every_mode(gate: Suite, mode: str) -> No
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "invalid: 2 of 96 requests failed on server start 1; the first: HTTP 500: *",
+            "invalid: failed-requests: 2 of 96 requests failed; the first: HTTP 500: * (server start 1)",
             "  nothing was judged or stored: mend the cause and run again",
             "  smoke: invalid, 1 server start *",
         ]

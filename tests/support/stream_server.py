@@ -1,8 +1,9 @@
 """A scripted HTTP/1.1 server that streams completions as vLLM does, for tests and for measuring the client.
 
-Speaks ``/v1/models``, ``/tokenize`` and ``/v1/completions`` (chunked SSE), listens on 127.0.0.1 only. What each
+Speaks ``/v1/models``, ``/tokenize``, ``/v1/completions`` and ``/v1/chat/completions`` (chunked SSE), over TLS where a
+context is given, and listens on loopback only. What each
 request gets is a :class:`Reply`, chosen by a function of the request's number. Stamps every chunk with
-``CLOCK_MONOTONIC`` just before it is written; an answer's ``system_fingerprint`` names its record. Of the module's
+``CLOCK_MONOTONIC`` just before it is written; ``X-Request-Id`` names the record. Of the module's
 command line, see ``--help``; there ``GET /sent`` returns the records and forgets them.
 """
 
@@ -11,13 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-FINGERPRINT = "vllm-0.32.0-tp2-"
+FINGERPRINT = "vllm-0.32.0-tp2-00000000"
+_MANY_WORDS = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +32,16 @@ class Reply:
     :param usage: whether to send usage at all. :param error_after: chunks before an error event.
     :param abort_after: chunks before the connection is reset. :param stall_after: chunks before silence.
     :param close: hang up after the answer, with ``announce`` as HTTP announces it, else without a word.
+    :param prompt_tokens: that ``usage`` claims, ``None`` for as many as there are.
+    :param metrics: the server's own timings, as ``--enable-per-request-metrics`` adds them to ``usage``'s message.
     :param raw: bytes sent instead of an HTTP answer. :param ttft_s: before the first chunk. :param itl_s: between.
     """
 
     status: int = 200
     body: bytes = b""
     tokens: int | None = None
+    prompt_tokens: int | None = None
+    metrics: dict[str, float] | None = None
     usage: bool = True
     error_after: int | None = None
     abort_after: int | None = None
@@ -50,7 +57,7 @@ class Reply:
 class Sent:
     """Instants of one answer, ns. :param chunk_ns: (n_chunks,), just before each chunk was written."""
 
-    fingerprint: str
+    request_id: str
     received_ns: int
     chunk_ns: list[int] = field(default_factory=list)
 
@@ -60,6 +67,7 @@ class StreamServer:
 
     :param reply: of every request, or a function of the request's number (from 0).
     :param api_key: bearer token to insist on. :param token_ids: what ``/tokenize`` returns.
+    :param tls: certificate and key to serve with. :param host: loopback address to listen on.
     """
 
     def __init__(
@@ -68,10 +76,14 @@ class StreamServer:
         *,
         api_key: str | None = None,
         token_ids: tuple[int, ...] | None = tuple(range(100, 200)),
+        tls: ssl.SSLContext | None = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.reply = reply
         self.api_key = api_key
         self.token_ids = token_ids
+        self.host = host
+        self._tls = tls
         self.bodies: list[dict[str, Any]] = []
         self.sent: list[Sent] = []
         self.connections = 0
@@ -88,7 +100,8 @@ class StreamServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self._tls is None else 'https'}://{host}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -111,7 +124,7 @@ class StreamServer:
 
     async def serve(self, port: int = 0) -> None:
         """Serve until stopped."""
-        self._listener = await asyncio.start_server(self._accept, "127.0.0.1", port, backlog=4096)
+        self._listener = await asyncio.start_server(self._accept, self.host, port, backlog=4096, ssl=self._tls)
         self.port = self._listener.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
@@ -146,11 +159,11 @@ class StreamServer:
         if self.api_key and headers.get("authorization") != f"Bearer {self.api_key}":
             return self._plain(writer, 401, b'{"error":"Unauthorized"}')
         path = request_line.split()[1]
-        if path == "/v1/completions":
-            return await self._completion(writer, json.loads(body), received_ns)
+        if path in ("/v1/completions", "/v1/chat/completions"):
+            request_id = headers.get("x-request-id", "")
+            return await self._completion(writer, json.loads(body), request_id, received_ns)
         if path == "/tokenize" and self.token_ids is not None:
-            answer = {"count": len(self.token_ids), "max_model_len": 2048, "tokens": self.token_ids}
-            return self._plain(writer, 200, json.dumps(answer).encode())
+            return self._plain(writer, 200, json.dumps(self._tokens(json.loads(body))).encode())
         if path == "/sent":
             records, self.sent = self.sent, []
             return self._plain(writer, 200, json.dumps([asdict(record) for record in records]).encode())
@@ -158,12 +171,24 @@ class StreamServer:
             return self._plain(writer, 200, b'{"object":"list","data":[{"id":"m"}]}')
         return self._plain(writer, 404, b'{"detail":"Not Found"}')
 
+    def _tokens(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A token for each word, and one for the template of a chat; of a long text the ids that were given."""
+        if messages := request.get("messages"):
+            tokens = [0] * (1 + len(messages[0]["content"].split()))
+        elif len(words := request["prompt"].split()) < _MANY_WORDS:
+            tokens = [0] * len(words)
+        else:
+            tokens = list(self.token_ids or ())
+        return {"count": len(tokens), "max_model_len": 2_000_000, "tokens": tokens}
+
     def _plain(self, writer: asyncio.StreamWriter, status: int, body: bytes) -> bool:
         head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         return True
 
-    async def _completion(self, writer: asyncio.StreamWriter, request: dict[str, Any], received_ns: int) -> bool:
+    async def _completion(
+        self, writer: asyncio.StreamWriter, request: dict[str, Any], request_id: str, received_ns: int
+    ) -> bool:
         number = len(self.bodies)
         self.bodies.append(request)
         reply = self.reply(number) if callable(self.reply) else self.reply
@@ -175,7 +200,7 @@ class StreamServer:
                 return False
             if reply.status != 200:
                 return self._plain(writer, reply.status, reply.body) and not reply.close
-            record = Sent(f"{FINGERPRINT}{number:08d}", received_ns)
+            record = Sent(request_id, received_ns)
             self.sent.append(record)
             return await self._stream(writer, request, reply, record)
         finally:
@@ -203,7 +228,7 @@ class StreamServer:
             due += reply.itl_s
             record.chunk_ns.append(time.monotonic_ns())
             writer.write(_chunk({"choices": [{"index": 0, "text": "x"}]}))
-        writer.write((_usage(request, reply, record) if reply.usage else b"") + _DONE)
+        writer.write((_usage(request, reply) if reply.usage else b"") + _DONE)
         return not reply.close
 
 
@@ -218,11 +243,13 @@ def _framed(body: bytes) -> bytes:
 _DONE = _framed(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
-def _usage(request: dict[str, Any], reply: Reply, record: Sent) -> bytes:
-    prompt = request["prompt"]
+def _usage(request: dict[str, Any], reply: Reply) -> bytes:
+    prompt = request["prompt"] if "prompt" in request else ["template", *request["messages"][0]["content"].split()]
     completion_tokens = request["max_tokens"] if reply.tokens is None else reply.tokens
-    usage = {"prompt_tokens": len(prompt), "completion_tokens": completion_tokens}
-    return _chunk({"choices": [], "usage": usage, "system_fingerprint": record.fingerprint})
+    prompt_tokens = len(prompt) if reply.prompt_tokens is None else reply.prompt_tokens
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    message = {"choices": [], "usage": usage, "system_fingerprint": FINGERPRINT}
+    return _chunk(message | ({} if reply.metrics is None else {"metrics": reply.metrics}))
 
 
 def main() -> None:

@@ -6,15 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_gpulayout.baseline import baseline_to_text
-from pytest_gpulayout.cli import main
-from pytest_gpulayout.metrics import METRICS, batch_metrics
+from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.report import performance_record, results_document
 from pytest_gpulayout.trace import RunTrace
 from pytest_gpulayout.verdict import Status, Verdict
@@ -26,8 +25,8 @@ from tests.native.build import (
     build_fake_nvml,
     fake_nvml_environment,
 )
+from tests.support.command_line import Run
 from tests.support.measurements import baseline_of, key, measurement_of, run_of
-from tests.support.stream_server import Reply, StreamServer
 
 TOPO = """\
 \tGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity
@@ -35,36 +34,6 @@ GPU0\t X \tSYS\tSYS\t0-7\t0
 GPU1\tSYS\t X \tNV4\t8-15\t1
 GPU2\tSYS\tNV4\t X \t8-15\t1
 """
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in an empty folder; misuse that argparse finds counts as its exit code."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Ran:
-        try:
-            code = main(arguments)
-        except SystemExit as error:
-            code = int(error.code or 0)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return run
 
 
 def write(name: str, text: str | bytes) -> str:
@@ -95,11 +64,6 @@ def test_help_has_examples_and_exit_codes(run: Run, command: str) -> None:
         ("nccl", "the following arguments are required: FILE"),
         ("compare a.json", "the following arguments are required: MEASUREMENT.json"),
         ("compare a b --tolerance x=5%", "tolerance: unknown metric 'x'"),
-        ("measure --url u --model m", "required: --requests, --input-tokens, --output-tokens"),
-        (
-            "measure --url u --model m --requests 0 --input-tokens 1 --output-tokens 1",
-            "a whole number above 0 was expected, found '0'",
-        ),
         ("baseline", "the following arguments are required: COMMAND"),
     ],
 )
@@ -452,65 +416,6 @@ def test_nccl_refuses_what_it_cannot_read(run: Run, name: str) -> None:
     assert f"'{name}'" in ran.err
 
 
-# -- measure ---------------------------------------------------------------------------------------------------------
-
-LOAD = ["--model", "m", "--requests", "4", "--input-tokens", "20", "--output-tokens", "3"]
-LOAD += ["--concurrency", "2", "--batches", "2"]
-
-
-def test_measure_prints_and_saves_vllm_s_keys(run: Run) -> None:
-    with StreamServer() as server:
-        ran = run("measure", "--url", server.url + "/v1/", *LOAD, "--save", "result.json", "--json")
-    assert (ran.code, ran.err) == (0, "")
-    document = ran.document
-    assert json.loads(Path("result.json").read_text()) == document
-    assert (document["completed"], document["failed"], document["max_concurrency"]) == (8, 0, 2)
-    assert document["gpulayout"]["workload"]["name"].startswith("custom-")
-    assert document["median_ttft_ms"] > 0
-
-
-def test_measure_text(run: Run) -> None:
-    with StreamServer() as server:
-        lines = run("measure", "--url", server.url, *LOAD).out.splitlines()
-    assert lines[:2] == [f"m at {server.url}", "8 requests, 2 at a time, 20 tokens in, 3 out"]
-    assert lines[2].split() == ["metric", "median", "of", "batches", "lowest", "highest"]
-    assert [line.split()[0] for line in lines[3:]] == list(METRICS)
-
-
-def test_measure_takes_the_key_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", "sekret")
-    with StreamServer(api_key="sekret") as server:
-        assert run("measure", "--url", server.url, *LOAD, "--api-key-env", "MY_KEY").code == 0
-        refused = run("measure", "--url", server.url, *LOAD)
-    assert refused.code == 2
-    assert "sekret" not in refused.err
-    monkeypatch.delenv("MY_KEY")
-    missing = run("measure", "--url", server.url, *LOAD, "--api-key-env", "MY_KEY")
-    assert missing.code == 2
-    assert "required in the environment variable MY_KEY, found none\n  in --api-key-env=MY_KEY\n" in missing.err
-
-
-def test_measure_fails_when_requests_fail(run: Run) -> None:
-    with StreamServer(lambda number: Reply(error_after=1) if number == 5 else Reply()) as server:
-        ran = run("measure", "--url", server.url, *LOAD)
-    assert ran.code == 1
-    assert "1 of 8 requests failed; the first: " in ran.out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--url", "http://127.0.0.1:1"], "a server that takes connections is needed"),
-        (["--url", "http://127.0.0.1:1", "--concurrency", "9"], "found: requests = 4"),
-        (["--url", "http://127.0.0.1:1", "--save", "no/such/folder.json"], "found no/such/folder.json\n  in --save"),
-        (["--url", "http://127.0.0.1:1", "--save", "."], "found .\n  in --save"),
-    ],
-)
-def test_measure_says_what_is_wrong(run: Run, arguments: list[str], told: str) -> None:
-    ran = run("measure", *LOAD, *arguments)
-    assert (ran.code, ran.out, told in ran.err) == (2, "", True)
-
-
 # -- compare ---------------------------------------------------------------------------------------------------------
 
 
@@ -571,12 +476,12 @@ def failed_run() -> RunTrace:
         (STORED, results(1.0).replace("10.0", "NaN"), "invalid", "NaN is not a number"),
         (STORED, results(1.0).replace("10.0", "0.0"), "invalid", "a metric of server start 1 is zero, missing or"),
         (STORED, results(1.0, runs=()), "invalid", "no server start was measured"),
-        (STORED, results(1.0, runs=(failed_run(),)), "invalid", "1 of 2 requests failed on server start 1"),
+        (STORED, results(1.0, runs=(failed_run(),)), "invalid", "failed-requests: 1 of 2 requests failed"),
         (
             STORED,
             results(1.0, runs=(run_of(1.0, 1.0, fingerprints=["a", "b"]),)),
             "invalid",
-            "different servers answered on start 1: a, b",
+            "several-servers: servers that differ answered: a, b",
         ),
         (STORED, results(1.0, status=Status.INVALID, reasons=("a foreign process",)), "invalid", "a foreign process"),
         (STORED, results(1.0, status=Status.INVALID), "invalid", "it was invalid, for a reason that is not recorded"),

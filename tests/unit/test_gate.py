@@ -210,7 +210,8 @@ def test_an_invalid_measurement_is_never_judged_or_stored(mode: BaselineMode, ru
     verdict = gate.judge(replace(measurement_of(1.0), runs=runs))
     assert verdict.status is Status.INVALID
     assert not verdict.status.passed
-    assert verdict.reasons[0].endswith("; the first: HTTP 500: boom" if runs else "no server start was measured")
+    told = f"; the first: HTTP 500: boom (server start {len(runs)})" if runs else "no server start was measured"
+    assert verdict.reasons[-1].endswith(told)
     assert (gate.store.texts, gate.measured, verdict.baseline_path) == ({}, 1, PLACE)
 
 
@@ -223,7 +224,8 @@ def test_problems_of_a_later_start_count_as_well(mode: BaselineMode, later: list
     verdict = gate.judge(measurement_of(1.0))
     number = len(later) + 1
     assert verdict.status is Status.INVALID
-    assert verdict.reasons == (f"1 of 1 requests failed on server start {number}; the first: HTTP 500: boom",)
+    told = f"failed-requests: 1 of 1 requests failed; the first: HTTP 500: boom (server start {number})"
+    assert verdict.reasons == (told,)
     assert store.texts == before
 
 

@@ -7,6 +7,7 @@ import pytest
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.trace import RunTrace
+from pytest_gpulayout.validity import Problem
 from tests.support.measurements import WORKLOAD, identity, measurement_of, run_of
 
 
@@ -54,22 +55,30 @@ def test_sound_measurements_have_no_problems() -> None:
     [
         ((), "no server start was measured"),
         (
-            (run_of(1.0), run_of(1.0, 1.0, error="HTTP 500: boom")),
-            "2 of 2 requests failed on server start 2; the first: HTTP 500: boom",
+            (run_of(1.0, 1.0), run_of(1.0, 1.0, error="HTTP 500: boom")),
+            "failed-requests: 2 of 2 requests failed; the first: HTTP 500: boom (server start 2)",
         ),
         (
             (run_of(1.0, 1.0, fingerprints=["vllm-a", "vllm-b"]),),
-            "different servers answered on start 1: vllm-a, vllm-b",
+            "several-servers: servers that differ answered: vllm-a, vllm-b; measure one of them at a time "
+            "(server start 1)",
         ),
         (
-            (run_of(1.0), without_time(run_of(1.0, 1.0))),
-            "zero or not finite on server start 2: median_e2el_ms, median_itl_ms, median_tpot_ms, median_ttft_ms, "
-            "p99_e2el_ms, p99_itl_ms, p99_tpot_ms, p99_ttft_ms",
+            (run_of(1.0, 1.0), without_time(run_of(1.0, 1.0))),
+            "unfit-metrics: zero or not finite: median_e2el_ms, median_itl_ms, median_tpot_ms, median_ttft_ms, "
+            "p99_e2el_ms, p99_itl_ms, p99_tpot_ms, p99_ttft_ms; is something buffering the answers? (server start 2)",
         ),
     ],
 )
 def test_problems_are_named(runs: tuple[RunTrace, ...], problem: str) -> None:
     assert measured(*runs).problems() == (problem,)
+
+
+def test_what_was_wrong_beside_a_run_is_a_problem_of_that_start() -> None:
+    stranger = Problem("foreign-process", "pid 7 train.py is on GPU 0")
+    measurement = measurement_of(1.0).with_run(run_of(1.0, 1.0), (stranger,)).with_run(run_of(1.0, 1.0))
+    assert [measurement.problems_of(position) for position in range(3)] == [(), (stranger,), ()]
+    assert measurement.problems() == ("foreign-process: pid 7 train.py is on GPU 0 (server start 2)",)
 
 
 def test_a_run_without_a_batch_is_no_measurement() -> None:

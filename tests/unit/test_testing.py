@@ -38,7 +38,8 @@ from pytest_gpulayout.vllm_log import parse_vllm_log
 from pytest_gpulayout.workload import Workload
 
 ENDPOINT = Endpoint("http://127.0.0.1:9", "org/tiny")
-LOAD = Workload(name="load", input_tokens=8, output_tokens=11, concurrency=2, requests=6, batches=3)
+IN_FLIGHT = 2
+LOAD = Workload(name="load", input_tokens=8, output_tokens=11, concurrency=IN_FLIGHT, requests=6, batches=3)
 
 
 def silent(text: str) -> None:
@@ -204,7 +205,7 @@ def test_metrics_are_exact_without_noise() -> None:
         assert batch["median_ttft_ms"] == batch["p99_ttft_ms"] == pytest.approx(20)
         assert batch["median_tpot_ms"] == batch["p99_itl_ms"] == pytest.approx(5)
         assert batch["median_e2el_ms"] == pytest.approx(70)
-        assert batch["request_throughput"] == pytest.approx(LOAD.concurrency / 0.070)
+        assert batch["request_throughput"] == pytest.approx(IN_FLIGHT / 0.070)
 
 
 def test_load_is_the_workload_s() -> None:
@@ -217,7 +218,7 @@ def test_load_is_the_workload_s() -> None:
     in_flight = [
         sum(other.send_ns <= request.send_ns < other.end_ns for other in trace.requests) for request in trace.requests
     ]
-    assert max(in_flight) == LOAD.concurrency
+    assert max(in_flight) == IN_FLIGHT
 
 
 def test_slow_down_by_run_keeps_the_last() -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -337,24 +338,85 @@ def test_server_that_cannot_be_made_frees_its_locks(
 
 
 @pytest.mark.parametrize(
-    ("options", "has_flag"),
+    ("file", "text", "found"),
     [
-        ('group.add_argument("--numa-bind", **kwargs)', True),
-        ('group.add_argument("--numa-bind-nodes", **kwargs)', False),
-        ("", False),
-        (None, False),
+        ("engine/arg_utils.py", 'group.add_argument("--numa-bind", **kwargs)', {"--numa-bind"}),
+        ("engine/arg_utils.py", 'group.add_argument("--numa-bind-nodes", **kwargs)', set()),
+        (
+            "entrypoints/launchers/cli_args.py",
+            "class A:\n    middleware: list[str] = []\n    enable_per_request_metrics: bool = False\n",
+            {"--middleware", "--enable-per-request-metrics"},
+        ),
+        ("entrypoints/openai/cli_args.py", 'parser.add_argument("--middleware", action="append")', {"--middleware"}),
+        ("entrypoints/openai/cli_args.py", "    middleware_by_name: str\n    a_middleware: str\n", set()),
+        ("entrypoints/openai/serving.py", "\n    middleware: list[str]\n", set()),
+        ("__init__.py", "", set()),
     ],
 )
-def test_numa_option_is_found_without_importing_vllm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str | None, has_flag: bool
+def test_options_are_found_without_importing_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, found: set[str]
 ) -> None:
-    engine = tmp_path / "vllm" / "engine"
-    engine.mkdir(parents=True)
-    (engine.parent / "__init__.py").write_text("raise RuntimeError('imported')")
-    if options is not None:
-        (engine / "arg_utils.py").write_text(options)
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('imported')\n")
+    (package / file).parent.mkdir(parents=True, exist_ok=True)
+    with (package / file).open("a") as source:
+        source.write(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert require_vllm(sys.executable) is has_flag
+    assert require_vllm(sys.executable) == found
+
+
+OPTIONS = ("--enable-per-request-metrics", "--middleware")
+GUARD = ("--middleware", "gpulayout_dev_guard.KeyGuard")
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "added"),
+    [
+        ((), (), ()),
+        (OPTIONS, (), ("--enable-per-request-metrics", *GUARD)),
+        (OPTIONS[:1], (), OPTIONS[:1]),
+        (OPTIONS, ("--disable-log-stats",), GUARD),
+        (OPTIONS, ("--disable_log_stats=true",), GUARD),
+        (OPTIONS, ("--config", "vllm.yaml"), GUARD),
+        (OPTIONS, ("--no-enable-per-request-metrics",), ("--enable-per-request-metrics", *GUARD)),
+    ],
+)
+def test_what_helps_a_measurement_comes_before_the_arguments_of_the_user(
+    temporary: Path, tmp_path: Path, options: tuple[str, ...], arguments: tuple[str, ...], added: tuple[str, ...]
+) -> None:
+    spec = server_spec("tp1", arguments=arguments)
+    server = VllmServer(
+        spec, tmp_path, DeviceLocks([], "test", lambda _: None), Binding(None, (), ""), options=options
+    )
+    server.stop()
+    port = server.endpoint.url.rpartition(":")[2]
+    assert server.command[server.command.index(port) + 1 :] == ["--tensor-parallel-size", "1", *added, *arguments]
+
+
+def test_other_front_end_of_vllm_has_no_development_endpoints(
+    temporary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    locks = DeviceLocks([], "test", lambda _: None)
+    server = VllmServer(server_spec("tp1"), tmp_path, locks, Binding(None, (), ""), options=OPTIONS)
+    server.stop()
+    assert "--middleware" not in server.command
+
+
+def test_the_guard_is_importable_by_the_server_and_nothing_else_of_ours(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_fake_vllm(monkeypatch)
+    locks = DeviceLocks([], "test", lambda _: None)
+    server = VllmServer(server_spec("tp1"), tmp_path, locks, Binding(None, (), ""), options=OPTIONS)
+    folder = next(temporary.glob("gpulayout-*/guard"))
+    try:
+        assert [path.name for path in folder.iterdir()] == ["gpulayout_dev_guard.py"]
+        command = [sys.executable, "-S", "-c", "from gpulayout_dev_guard import KeyGuard; KeyGuard(None)"]
+        subprocess.run(command, env={"PYTHONPATH": str(folder), "VLLM_API_KEY": "k"}, check=True, timeout=20)
+    finally:
+        server.stop()
 
 
 def test_vllm_is_not_installed(tmp_path: Path) -> None:
@@ -697,9 +759,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         if name.startswith(("VLLM_", "NCCL_", "CUDA_", "HF_HUB", "TORCHINDUCTOR")):
             monkeypatch.delenv(name)
 
-    def environment(platform: Platform, model: str = "some/model") -> dict[str, str]:
+    def environment(platform: Platform, model: str = "some/model", guard: Path | None = None) -> dict[str, str]:
         spec = server_spec("tp2", platform=platform, model=model)
-        return server_environment(spec, ENDPOINT, tmp_path / "run", tmp_path / "nccl")
+        return server_environment(spec, ENDPOINT, tmp_path / "run", tmp_path / "nccl", guard)
 
     return environment
 
@@ -709,6 +771,23 @@ def test_environment_of_any_server(environment: Callable[..., dict[str, str]], t
     wanted = {"VLLM_API_KEY": "the-key", "TMPDIR": str(tmp_path / "run"), "VLLM_NO_USAGE_STATS": "1", "NO_COLOR": "1"}
     assert found | wanted == found
     assert not found["TORCHINDUCTOR_CACHE_DIR"].startswith(found["TMPDIR"])
+
+
+def test_connections_outlive_pauses_of_the_client(environment: Callable[..., dict[str, str]]) -> None:
+    assert environment("cuda")["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] == "120"
+
+
+def test_development_endpoints_are_offered_behind_the_guard_alone(
+    environment: Callable[..., dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert not {"VLLM_SERVER_DEV_MODE", "PYTHONPATH"} & set(environment("cpu"))
+    found = environment("cpu", guard=Path("/guard"))
+    assert (found["VLLM_SERVER_DEV_MODE"], found["PYTHONPATH"]) == ("1", "/guard")
+    monkeypatch.setenv("PYTHONPATH", "/users:/other")
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    found = environment("cpu", guard=Path("/guard"))
+    assert (found["VLLM_SERVER_DEV_MODE"], found["PYTHONPATH"]) == ("0", "/guard:/users:/other")
 
 
 def test_cpu_environment_binds_ranks_to_their_cores(environment: Callable[..., dict[str, str]]) -> None:
@@ -740,6 +819,7 @@ def test_cuda_environment_names_devices_by_uuid_and_keeps_the_log_private(
         ("cpu", "VLLM_CPU_KVCACHE_SPACE", "8"),
         ("cpu", "TORCHINDUCTOR_CACHE_DIR", "/cache"),
         ("cuda", "HF_TOKEN", "secret"),
+        ("cuda", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7"),
     ],
 )
 def test_environment_keeps_what_the_user_chose(

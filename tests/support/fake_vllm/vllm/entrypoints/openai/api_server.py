@@ -1,6 +1,6 @@
 """The API server: ``python -m vllm.entrypoints.openai.api_server --model M --port P [--tensor-parallel-size N]``.
 
-Speaks HTTP/1.1 with kept connections: ``/health``, ``/version``, ``/v1/models``, ``/tokenize`` and
+Speaks HTTP/1.1 with kept connections: ``/health``, ``/version``, ``/metrics``, ``/v1/models``, ``/tokenize`` and
 ``/v1/completions``, streamed or not. As in vLLM, only paths below ``/v1`` ask for the key.
 """
 
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -35,6 +36,8 @@ class ApiServer:
         self._engine = engine
         self._key = os.environ.get("VLLM_API_KEY")
         self._completions = 0
+        self._running = 0
+        self._counters = Counter[str]()
         self._ended = asyncio.Event()
 
     async def serve(self, host: str, port: int) -> None:
@@ -73,6 +76,8 @@ class ApiServer:
             _answer(writer, 200, {"count": len(tokens), "max_model_len": 2048, "tokens": tokens})
         elif path in ("/health", "/version"):
             _answer(writer, 200, {"version": "0.32.0"} if path == "/version" else None)
+        elif path == "/metrics":
+            _answer_text(writer, self._metrics())
         else:
             _answer(writer, 404, {"detail": "Not Found"})
 
@@ -109,10 +114,27 @@ class ApiServer:
     async def _generate(self, request: dict[str, Any]) -> AsyncIterator[str]:
         clock = asyncio.get_running_loop().time
         due = clock() + self._behaviour.ttft_ms / 1e3
-        for _ in range(request["max_tokens"]):
-            await asyncio.sleep(max(0.0, due - clock()))
-            due += self._behaviour.itl_ms / 1e3
-            yield " word"
+        self._running += 1
+        try:
+            for _ in range(request["max_tokens"]):
+                await asyncio.sleep(max(0.0, due - clock()))
+                due += self._behaviour.itl_ms / 1e3
+                self._counters["generation_tokens"] += 1
+                yield " word"
+        finally:
+            self._running -= 1
+        self._counters["prompt_tokens"] += _usage(request)["prompt_tokens"]
+        self._counters["request_success"] += 1
+
+    def _metrics(self) -> str:
+        """As in ``vllm/v1/metrics/loggers.py``, but only what counts requests and tokens."""
+        labels = f'engine="0",model_name="{self._model}"'
+        lines = [f"vllm:num_requests_running{{{labels}}} {float(self._running)}"]
+        for name in ("prompt_tokens", "generation_tokens"):
+            lines.append(f"vllm:{name}_total{{{labels}}} {float(self._counters[name])}")
+        finished = f'{labels},finished_reason="length"'
+        lines.append(f"vllm:request_success_total{{{finished}}} {float(self._counters['request_success'])}")
+        return "".join(f"{line}\n" for line in lines)
 
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         event: dict[str, Any] = {"id": f"cmpl-{self._completions}", "object": "text_completion"}
@@ -137,6 +159,11 @@ def _say_traceback(process: str, where: str, headline: str, exception: str, pid:
     frames = '  File "vllm/v1/executor/multiproc_executor.py", line 1055, in f\n    output = func(*args, **kwargs)'
     text = f"{headline}\nTraceback (most recent call last):\n{frames}\n{exception}"
     say(process, where, text, level="ERROR", pid=pid)
+
+
+def _answer_text(writer: asyncio.StreamWriter, text: str) -> None:
+    head = f"HTTP/1.1 200 X\r\ncontent-type: text/plain; version=0.0.4\r\ncontent-length: {len(text)}\r\n\r\n"
+    writer.write((head + text).encode())
 
 
 def _answer(writer: asyncio.StreamWriter, status: int, document: dict[str, Any] | None) -> None:
