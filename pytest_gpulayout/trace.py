@@ -185,7 +185,7 @@ class BatchTrace:
 
     :param index: number of the batch, from 0. :param requests: (n_requests,), in the order of sending.
     :param start_ns: just before the first request was sent. :param end_ns: the last response was complete.
-    :param reconnects: connections that had to be opened again, between the requests or after one failed.
+    :param reconnects: connections that had to be opened again while the batch ran.
     :param clients: (n_workers,), what the client's processes tell of themselves, in the order of their numbers.
     """
 

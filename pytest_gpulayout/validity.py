@@ -194,6 +194,7 @@ def _client_bound(run: RunTrace, workload: Workload) -> Iterator[Problem]:
     texts = [
         *_calibration_errors(run.observations.calibration, typical),
         *_late_timestamps(run, typical),
+        *_joined_messages(run, typical),
         *(_late_arrivals(run, workload, typical) if workload.is_open else _late_turnarounds(run, typical)),
         *_busy_processes(run),
         *_connections(run),
@@ -239,6 +240,20 @@ def _late_timestamps(run: RunTrace, typical: _Typical) -> Iterator[str]:
         yield (
             f"without the kernel's timestamps the client stood still for {stop_ms:.3g} ms in a batch "
             f"(allowed {limit_ms:.3g} ms: {STOP_SHARE:.0%} of the median TTFT); free the host's cores"
+        )
+
+
+def _joined_messages(run: RunTrace, typical: _Typical) -> Iterator[str]:
+    """Messages of one answer that pile up unread share the instant of the last: the kernel joins them."""
+    lag_ms = _of_typical_batch(run, lambda _, client: client.read_lag_ns[1] / 1e6 if client.read_lag_ns else None)
+    if lag_ms is None or typical.itl is None:
+        return
+    limit_ms = max(TIME_SLICE_MS, typical.itl)
+    if lag_ms > limit_ms:
+        yield (
+            f"1 in 100 of the arrivals waited {lag_ms:.3g} ms or more to be read (allowed {limit_ms:.3g} ms: the "
+            "median ITL), so that messages of one answer were taken for one; free the host's cores, or use more "
+            "client processes on cores of their own"
         )
 
 

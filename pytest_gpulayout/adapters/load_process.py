@@ -65,14 +65,15 @@ class WorkerProcesses:
             self.close()
             raise
 
-    def connect(self) -> int:
-        """Open what is not open and let the server answer once on it; return how many had been lost.
+    def connect(self) -> None:
+        """Open what is not open and let the server answer once on it.
 
         :raises MeasurementError: one of them failed, or a worker did.
         """
         for child in self._children:
             self._send(child, _CONNECT)
-        return sum(self._receive(child) for child in self._children)
+        for child in self._children:
+            self._receive(child)
 
     def run(self, shares: Sequence[Share], tell: Callable[[Tally], None]) -> list[ShareResult]:
         """Send a batch, all workers beginning at one instant; return what became of it, by worker.
@@ -203,4 +204,5 @@ def _follow(worker: Worker, channel: Channel, order: Share | str) -> None:
         start_ns = channel.recv()
         channel.send(worker.run(order, exchanges, channel.send, start_ns=start_ns, owner=channel.fileno()))
     else:
-        channel.send(worker.connect())
+        worker.connect()
+        channel.send(None)

@@ -89,8 +89,8 @@ class Worker:
         self._plan = plan
         self._connections = [Connection() for _ in range(plan.connections)]
 
-    def connect(self) -> int:
-        """Open what is not open and let the server answer once on it; return how many had been lost.
+    def connect(self) -> None:
+        """Open what is not open and let the server answer once on it.
 
         :raises MeasurementError: one of them failed.
         """
@@ -103,7 +103,6 @@ class Worker:
                 connection.open_and_verify(self._server, self._plan.connect_s)
             except OSError as error:
                 raise self._connect_fault(error, f"connection {number + 1} of {len(lost)}") from error
-        return len(lost)
 
     def prepare(self, share: Share) -> deque[Exchange]:
         """Encode all requests of a share."""

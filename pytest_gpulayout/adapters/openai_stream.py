@@ -145,7 +145,7 @@ def _free_cores(server: ServerAddress) -> int:
 class _Crew(Protocol):
     """The workers of a run."""
 
-    def connect(self) -> int: ...
+    def connect(self) -> None: ...
 
     def run(self, shares: Sequence[Share], tell: Callable[[Tally], None]) -> list[ShareResult]: ...
 
@@ -221,7 +221,8 @@ class _Load:
 
         :raises MeasurementError: all requests failed, or the server or a worker went away.
         """
-        reopened, jobs = self._crew.connect(), self._batch_jobs.popleft()
+        self._crew.connect()
+        jobs = self._batch_jobs.popleft()
         stage = f"{self._workload.name}: batch {index + 1}/{self._workload.batches}"
         timetable = self._timetables[index]
         seconds = timetable[-1] / _NS_PER_S if timetable else None
@@ -240,7 +241,7 @@ class _Load:
                 requests=tuple(traces),
                 start_ns=min(result.start_ns for result in results),
                 end_ns=max(result.end_ns for result in results),
-                reconnects=reopened + sum(result.reconnects for result in results),
+                reconnects=sum(result.reconnects for result in results),
                 clients=tuple(result.work for result in results),
             )
         )

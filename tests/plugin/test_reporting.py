@@ -61,7 +61,9 @@ def test_no_summary_without_findings(suite: Suite) -> None:
     suite.run("--gpu-layout=tp1").stdout.no_fnmatch_line("=*= gpu layout =*=")
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n2",)], ids=["here", "xdist"])
+@pytest.mark.parametrize(
+    "arguments", [(), pytest.param(("-n2",), marks=pytest.mark.end_to_end)], ids=["here", "xdist"]
+)
 def test_results_follow_their_schema(suite: Suite, arguments: tuple[str, ...]) -> None:
     suite.fakes(driver="noise=0.01")
     suite.write(test_it=FOUR_KINDS)

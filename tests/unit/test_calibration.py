@@ -167,6 +167,7 @@ class CountingDriver:
         return found
 
 
+@pytest.mark.end_to_end
 def test_real_client_is_measured_once_for_each_number_of_streams() -> None:
     driver = CountingDriver()
     calibrates = MockCalibrator(driver)
@@ -184,6 +185,7 @@ def test_real_client_is_measured_once_for_each_number_of_streams() -> None:
     assert first.cpu_us_per_event > 0
 
 
+@pytest.mark.end_to_end
 def test_a_mock_that_was_late_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     late = iter([50.0, 30.0])
 

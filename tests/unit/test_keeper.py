@@ -20,6 +20,8 @@ from pytest_gpulayout.adapters import keeper as keeper_script
 from pytest_gpulayout.adapters.keeper import KeeperConfig, descendants, mapped_segments
 from tests.support.processes import FAKE_VLLM, ROOT, processes_marked, segments_of, wait_until
 
+pytestmark = pytest.mark.end_to_end
+
 # Scripts for `python -c`. They say "ready" in the log; the segment's name comes as the only argument.
 WAIT = "import signal, sys, os, mmap, time; say = lambda text: print(text, flush=True)\n"
 OBEDIENT = WAIT + "say('ready'); signal.pause()"

@@ -19,6 +19,8 @@ from pytest_gpulayout.trace import RunTrace
 from pytest_gpulayout.workload import Workload
 from tests.support.stream_server import Reply, StreamServer
 
+pytestmark = pytest.mark.end_to_end
+
 PATIENCE_S = 20.0
 SHARED = Workload(name="shared", input_tokens=20, output_tokens=3, concurrency=5, requests=11, batches=2)
 
@@ -48,9 +50,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     pids: list[int] = []
     connect = WorkerProcesses.connect
 
-    def noting(crew: WorkerProcesses) -> int:
+    def noting(crew: WorkerProcesses) -> None:
         pids.extend(pid for pid in crew.pids if pid not in pids)
-        return connect(crew)
+        connect(crew)
 
     monkeypatch.setattr(WorkerProcesses, "connect", noting)
     return pids

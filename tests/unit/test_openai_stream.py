@@ -3,14 +3,16 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from pytest_gpulayout.adapters import openai_stream
+from pytest_gpulayout.adapters.load_loop import Tally
 from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import batch_metrics
@@ -159,7 +161,7 @@ def test_a_stalled_request_fails_alone_and_keeps_what_had_arrived() -> None:
     ((index, error),) = errors(run).items()
     assert error.startswith("no progress for 0.2 s, after ")
     assert len(run.requests[index].chunk_ns) == 1
-    assert run.reconnects == 1
+    assert run.reconnects == 0, "it was opened again before the next batch"
 
 
 def test_a_server_that_hangs_ends_the_run_instead_of_every_request_in_turn() -> None:
@@ -180,9 +182,9 @@ def test_connections_closed_between_requests_are_opened_again_and_counted(announ
         )
     if announce:
         assert errors(run) == {}
-        assert [batch.reconnects for batch in run.batches] == [3, 3]
+        assert [batch.reconnects for batch in run.batches] == [2, 2]
     else:  # whether the end of the connection was seen before the next request is a race, hiding it is not
-        assert run.reconnects >= 3
+        assert run.reconnects >= 2
 
 
 def test_an_interim_response_is_not_the_answer() -> None:
@@ -302,10 +304,34 @@ def test_progress_names_the_stage_and_comes_a_few_times_a_second() -> None:
     with StreamServer(Reply(ttft_s=0.1, itl_s=0.01)) as server:
         run = driver.run(Endpoint(server.url, "m"), SMALL, seed=1, progress=lines.append)
     assert lines[0] == "small: warm-up, 0/2 requests, 0.0 req/s"
-    pattern = r"small: batch 2/2: \d/6 requests, \d+\.\d req/s, TTFT 1\d\d ms, TPOT \d+(\.\d)? ms, 0:0\d left"
-    assert any(re.fullmatch(pattern, line) for line in lines), lines
+    assert any(line.startswith("small: batch ") and "/6 requests, " in line for line in lines), lines
     assert len(lines) <= 2 + (run.duration_s + 0.2) * 4
     assert run.fingerprints == (FINGERPRINT,)
+
+
+@pytest.mark.parametrize(
+    ("at_s", "timetable_s", "left"),
+    [(2.0, None, ", 1:20 left"), (2.0, 30.0, ", 0:28 left"), (2.0, 1.0, ", 1:20 left")],
+    ids=["closed", "open", "after the timetable"],
+)
+def test_progress_tells_medians_and_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch, at_s: float, timetable_s: float | None, left: str
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    forecast = openai_stream._Forecast("w: batch 1/2:", 41, timetable_s, openai_stream._LimitedProgress(lines.append))
+    monkeypatch.setattr(time, "monotonic", lambda: at_s)
+    forecast.take(Tally(1, [20.6e6, 90e6, 21.4e6], [8.06e6]))
+    assert lines == [f"w: batch 1/2: 1/41 requests, 0.5 req/s, TTFT 21 ms, TPOT 8.1 ms{left}"]
+
+
+def test_progress_before_anything_ended_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    forecast = openai_stream._Forecast("w: batch 1/2:", 4, None, openai_stream._LimitedProgress(lines.append))
+    forecast.take(Tally())
+    forecast.take(Tally(4))
+    assert lines == ["w: batch 1/2: 0/4 requests, 0.0 req/s"], "the second came too soon"
 
 
 def test_a_request_can_be_found_in_the_server_s_logs_by_its_id() -> None:

@@ -62,7 +62,7 @@ def test_connections_are_opened_again_in_the_loop(context: ssl.SSLContext) -> No
         run = drive(server.url, workload)
     assert run.failed == ()
     assert [trace.connect_ns > 0 for trace in run.requests] == [False, True, True]
-    assert run.reconnects == 3
+    assert run.reconnects == 2
 
 
 @pytest.mark.usefixtures("trust")

@@ -280,6 +280,13 @@ def test_a_closed_loop_that_is_late_with_the_next_request(median_ms: float, p99_
     assert kinds(run(clients=[[lag(median_ms, p99_ms)]])) == found
 
 
+@pytest.mark.parametrize(("lag_ms", "found"), [(19, []), (21, ["client-bound"])])
+def test_messages_that_pile_up_unread(lag_ms: int, found: list[str]) -> None:
+    """Allowed: as long as the gap of 20 ms to the next message of the same answer."""
+    client = ClientWork(events=96, read_lag_ns=(0, lag_ms * MS, 50 * MS))
+    assert kinds(run(clients=[[client]])) == found
+
+
 def test_lateness_is_told_with_its_limit() -> None:
     assert told(run(clients=[[lag(4.5, 4.5)]])) == (
         "half of the requests followed 4.5 ms or more after the answer they waited for (allowed 4 ms: 2% of the "

@@ -39,6 +39,8 @@ from tests.support.processes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.end_to_end
+
 Launch = Callable[..., VllmServer]
 
 ENDPOINT = Endpoint("http://127.0.0.1:1", "m", "the-key")
