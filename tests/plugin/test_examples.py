@@ -29,6 +29,8 @@ def test_the_model_repository_records_and_then_passes(tmp_path: Path, monkeypatc
         "--gpu-model=./model",
         "-p",
         "no:cacheprovider",
+        "-p",
+        "unwatched",
     ]
     for mode, expected in (
         ("new", "7 passed, 1 deselected, 2 baseline recorded"),

@@ -27,7 +27,7 @@ from tests.support.processes import FAKE_VLLM, processes_marked, somebody_comput
 
 pytestmark = pytest.mark.end_to_end
 
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "unwatched"]
 GATE = [*PYTEST, "--pyargs", "pytest_gpulayout.gates"]
 OPTIONS = ["--gpu-model=org/model", "--gpu-baseline=off"]
 RESULTS = "--gpu-results=results.json"
