@@ -11,10 +11,11 @@ time of the batch. Ramp-up and drain, which ``vllm bench serve`` includes in its
 *Trend*: end-to-end latency per output token, of the requests that spent half of their time or more in the window, in
 the order of sending, as medians of blocks of one full turn or more (requests of one turn share their engine steps
 and are no independent samples; arrivals at a rate have no turns, and a queue that grows would look like a single
-one). The blocks of all batches are one series. Mann-Kendall test for a monotone trend
-(Mann, Econometrica 13, 1945; Kendall's tau against time, ``scipy.stats.kendalltau``), its size by Theil and Sen
-(``scipy.stats.theilslopes``). Both are by rank: an outlier, or a start of a batch that is slower than the rest,
-moves neither.
+one). The blocks of all batches are one series. Mann-Kendall test for a monotone trend (Mann, Econometrica 13, 1945;
+Kendall's tau against time, ``scipy.stats.kendalltau``), with the variance that autocorrelated values have (Hamed and
+Rao, Journal of Hydrology 204, 1998): a host that changes between two speeds and stays for a while in each must not
+pass for a trend. Its size by Theil and Sen (``scipy.stats.theilslopes``). All of it is by rank: an outlier, or a
+start of a batch that is slower than the rest, moves nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _MAX_BLOCKS = 20
 """More would be shorter than what disturbs a busy host, and neighbours would no longer be independent."""
 TREND_P_VALUE = 0.001
 """Evidence that a trend needs: a run on a noisy host must not be called unstable by chance. A steady growth shows far
-below it; a single step in the middle of 20 blocks, which is no trend, about as often as not."""
+below it."""
+_SIGNIFICANT = 1.96
+"""Autocorrelations beyond this many standard errors count (5 %, as Hamed and Rao have it)."""
 TREND_DRIFT = 0.20
 """Size that a trend needs. Waves that begin together and drift apart change latencies by up to 10 or 15 %."""
 
@@ -174,8 +177,29 @@ def _trend(blocks: Sequence[float]) -> tuple[float | None, float | None, SteadyV
         return None, None, "too_short"
     if min(blocks) == max(blocks):
         return 0.0, 1.0, "stable"
-    p_value = float(stats.kendalltau(range(len(blocks)), blocks).pvalue)
+    count = len(blocks)
     slope = float(stats.theilslopes(blocks).slope)
-    drift = slope * (len(blocks) - 1) / float(np.median(blocks))
+    drift = slope * (count - 1) / float(np.median(blocks))
+    tau = float(stats.kendalltau(range(count), blocks).statistic)
+    ranks = stats.rankdata(np.asarray(blocks) - slope * np.arange(count))
+    variance = 2 * (2 * count + 5) / (9 * count * (count - 1)) * _inflation(ranks)
+    p_value = float(2 * stats.norm.sf(abs(tau) / math.sqrt(variance)))
     unstable = p_value < TREND_P_VALUE and abs(drift) > TREND_DRIFT
     return drift, p_value, "unstable" if unstable else "stable"
+
+
+def _inflation(ranks: NDArray[np.float64]) -> float:
+    """How much wider Kendall's tau scatters than of independent values, at least 1 (Hamed and Rao, equation 9).
+
+    :param ranks: of the values without their trend, in order of time.
+    """
+    count = len(ranks)
+    deviations = ranks - ranks.mean()
+    if not deviations.any():  # all of it is trend
+        return 1.0
+    correlations = np.correlate(deviations, deviations, "full")[count:] / np.sum(deviations**2)
+    lags = np.arange(1, count)
+    weights = (count - lags) * (count - lags - 1) * (count - lags - 2)
+    counted = np.abs(correlations) > _SIGNIFICANT / math.sqrt(count)
+    total = float(np.sum(weights[counted] * correlations[counted]))
+    return max(1.0, 1 + 2 / (count * (count - 1) * (count - 2)) * total)

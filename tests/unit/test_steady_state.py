@@ -121,6 +121,21 @@ def test_noise_alone_is_not_called_unstable() -> None:
     assert verdicts.count("stable") >= 99
 
 
+def test_a_host_that_stays_for_a_while_at_each_of_two_speeds_is_not_called_unstable() -> None:
+    random = np.random.default_rng(2)
+    verdicts = []
+    for _ in range(100):
+        level, levels = 1000.0, []
+        for _ in range(24):
+            level = 3500.0 - level if random.random() < 0.1 else level
+            levels += [level] * 4
+        values = (np.array(levels) * random.lognormal(0, 0.05, 96)).tolist()
+        state = find_steady_state(run_of(closed_loop(values[:48]), closed_loop(values[48:])), workload())
+        assert state is not None
+        verdicts.append(state.verdict)
+    assert verdicts.count("stable") >= 97
+
+
 @pytest.mark.parametrize("turns", [MIN_BLOCKS - 1, MIN_BLOCKS])
 def test_too_few_turns_say_nothing(turns: int) -> None:
     run = run_with(lambda progress: 1000 + 1000 * progress, batches=1, requests=4 * turns)
