@@ -52,7 +52,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def measured(server: Server, **fields: Any) -> tuple[RunTrace, Workload]:
     base = {"name": "w", "input_tokens": 64, "output_tokens": 16, "requests": 16, "batches": 1}
-    workload = workload_from_mapping({**base, **fields})
+    workload = workload_from_mapping({key: value for key, value in {**base, **fields}.items() if value is not None})
     observer = Observer(OpenAiStreamDriver(), watch_server=lambda *what: ServerWatch(*what, log=server.log))
     run = observer.run(server.endpoint, workload, seed=1, progress=lambda _text: None, server=server)
     assert [trace.error for trace in run.failed] == []
@@ -81,7 +81,7 @@ def test_closed_loops(server: Server, concurrency: int) -> None:
     mean_ttft_ms = sum(request.ttft_ns for request in run.requests) / len(run.requests) / 1e6
     assert sum(split.values()) == pytest.approx(mean_ttft_ms)
     assert run.fingerprints == (server.proof.fingerprint,)
-    assert all(tuple(request.chunk_tokens or ()) == (1,) * 16 for request in run.requests)
+    assert all(sum(request.chunk_tokens or ()) == 16 for request in run.requests)  # a busy front end joins tokens
 
 
 def test_open_arrivals(server: Server) -> None:
