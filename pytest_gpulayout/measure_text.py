@@ -6,13 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pytest_gpulayout.agreement import compare_sides
 from pytest_gpulayout.metrics import METRICS, batch_metrics
 from pytest_gpulayout.report import aligned, plural, quantity
+from pytest_gpulayout.server_window import ttft_split, ttft_split_text
 from pytest_gpulayout.stats import median
+from pytest_gpulayout.telemetry import summarize
 
 if TYPE_CHECKING:
     from pytest_gpulayout.knee import Knee
     from pytest_gpulayout.ports import Endpoint
+    from pytest_gpulayout.server_window import ServerWindow
     from pytest_gpulayout.trace import RunTrace
     from pytest_gpulayout.validity import Problem
     from pytest_gpulayout.workload import Workload
@@ -53,17 +57,27 @@ def _rows(batches: Sequence[Mapping[str, float]]) -> Iterator[Sequence[str]]:
 
 def _seen(run: RunTrace) -> Iterator[str]:
     """What was observed beside the numbers, a line each."""
-    from pytest_gpulayout.server_window import ttft_split
-    from pytest_gpulayout.telemetry import summarize
-
     if split := ttft_split(run.requests):
-        parts = " + ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in split.items())
-        yield f"mean TTFT, ms: {parts}"
+        yield ttft_split_text(split)
     yield f"client: {_client_text(run)}"
     if run.observations.telemetry is not None:
         yield summarize(run.observations.telemetry)
-    if run.observations.server is not None:
-        yield from (f"server: {note}" for note in run.observations.server.notes)
+    if (window := run.observations.server) is not None:
+        if window.engines:
+            yield f"server: {_server_text(run, window)}"
+        yield from (f"server: {note}" for note in window.notes)
+
+
+def _server_text(run: RunTrace, window: ServerWindow) -> str:
+    """How the server's own counters compare; where they must be equal and are not, the run is invalid, too."""
+    sides = compare_sides(run, window)
+    counts = (("requests", sides.requests), ("tokens in", sides.prompt_tokens), ("tokens out", sides.output_tokens))
+    parts = [f"{both.server} {what} (client {both.client})" for what, both in counts]
+    if window.prefix_hit_rate is not None:
+        parts.append(f"prefix cache hits {window.prefix_hit_rate:.1%}")
+    if sides.e2el_excess_ms is not None:
+        parts.append(f"mean E2EL of the client {sides.e2el_excess_ms:+.1f} ms")
+    return ", ".join(parts)
 
 
 def _client_text(run: RunTrace) -> str:

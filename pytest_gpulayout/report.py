@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpulayout.drift import wiring_document
 from pytest_gpulayout.metrics import METRICS
+from pytest_gpulayout.server_window import ttft_split_text
 from pytest_gpulayout.tolerance import percent_text
 from pytest_gpulayout.topology_faults import describe_faults
 from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
@@ -368,7 +369,7 @@ def _performance_table(test: str, record: Record) -> list[str]:
     rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [title, *([f"    {record['drift']}"] if record.get("drift") else [])]
-    lines += [f"    {telemetry}" for telemetry in _telemetry_of_last(record["runs"])]
+    lines += [f"    {seen}" for seen in _seen_in_last(record["runs"])]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
         lines.append("    " + "  ".join([*cells, row[4]]).rstrip())
@@ -378,10 +379,14 @@ def _performance_table(test: str, record: Record) -> list[str]:
     return lines
 
 
-def _telemetry_of_last(runs: Sequence[Record]) -> list[str]:
-    """One line on how the devices fared, where somebody looked."""
-    telemetry = runs[-1]["gpulayout"].get("telemetry") if runs else None
-    return [telemetry["summary"]] if telemetry else []
+def _seen_in_last(runs: Sequence[Record]) -> list[str]:
+    """A line each on how the devices fared and where TTFT went, where somebody looked."""
+    own = runs[-1]["gpulayout"] if runs else {}
+    telemetry, server = own.get("telemetry"), own.get("server")
+    lines = [telemetry["summary"]] if telemetry else []
+    if server and server["mean_ttft_split_ms"]:
+        lines.append(ttft_split_text(server["mean_ttft_split_ms"]))
+    return lines
 
 
 def _row(metric: Mapping[str, Any], stored: str) -> tuple[str, str, str, str, str]:

@@ -267,6 +267,12 @@ def _fault(required: str, found: str, replica: str) -> MeasurementError:
 # -- the two sides of one request ----------------------------------------------------------------------------------
 
 
+def ttft_split_text(split: Mapping[str, float]) -> str:
+    """Say in a line what :func:`ttft_split` found."""
+    parts = " + ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in split.items())
+    return f"mean TTFT {sum(split.values()):.1f} ms = {parts}"
+
+
 def ttft_split(requests: Sequence[RequestTrace]) -> dict[str, float] | None:
     """Split the mean TTFT into where it was spent, in ms; the parts add up to it.
 

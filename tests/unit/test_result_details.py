@@ -91,7 +91,7 @@ def test_chunks_that_were_held_back_show() -> None:
 
 
 def test_tails_come_with_enough_requests_only() -> None:
-    sample = np.arange(1.0, 1001.0)
+    sample = np.arange(1, 1001, dtype=np.float64)
     few, some, many = (distribution(sample, requests=n) for n in (63, 130, 662))
     assert (few["n"], few["median"], few["p90"]) == (1000, 500.5, None)
     assert (some["p90"], some["p95"], some["p99"]) == (np.percentile(sample, 90), np.percentile(sample, 95), None)
