@@ -20,6 +20,8 @@ from pytest_gpulayout.calibration import SentAnswer
 from pytest_gpulayout.fingerprint import parse_fingerprint
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.end_to_end
+
 MS = 1_000_000
 COMMAND = [sys.executable, "-m", "pytest_gpulayout.adapters.mock_server", "--ttft-ms=1", "--itl-ms=1"]
 STREAMED = {"stream": True, "stream_options": {"include_usage": True}}

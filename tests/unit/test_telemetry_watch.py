@@ -29,6 +29,8 @@ from tests.native.build import (
     write_machine,
 )
 
+pytestmark = pytest.mark.end_to_end
+
 SECOND = 10**9
 ONLY_THE_ENDS_S = 3600.0
 TIMEOUT = 10  # nvmlReturn_t
