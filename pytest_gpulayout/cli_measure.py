@@ -37,6 +37,8 @@ _FIELDS = (
 
 def declare_measure(commands: Any) -> None:
     """Declare the subcommand."""
+    from pytest_gpulayout.metrics import definitions_text
+
     parser = command(
         commands,
         "measure",
@@ -48,7 +50,7 @@ def declare_measure(commands: Any) -> None:
         "gpulayout measure ... --workload random-300 --api-key-env VLLM_API_KEY",
         "gpulayout measure ... --requests 64 --sweep            concurrency 1, 2, 4, ... until it stops paying",
         "gpulayout measure --from result.json                   print a result, ours or of vllm bench serve",
-        more=("what the numbers mean: gpulayout measure --definitions", ""),
+        more=("metrics:", *(f"  {line}".rstrip() for line in definitions_text()), ""),
     )
     parser.add_argument("--url", help="of the server, without /v1; http:// or https://")
     parser.add_argument("--model", metavar="M", help="name that the server serves the model under")
@@ -57,7 +59,6 @@ def declare_measure(commands: Any) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--save", metavar="FILE", help="write the result, with the keys of vllm bench serve")
     output.add_argument("--from", dest="source", metavar="FILE", help="print a stored result, and measure nothing")
-    output.add_argument("--definitions", action="store_true", help="print what each metric means, and stop")
 
 
 def _declare_load(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +107,6 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _measure(arguments: argparse.Namespace) -> Outcome:
-    if arguments.definitions:
-        from pytest_gpulayout.metrics import definitions_text
-
-        lines = definitions_text()
-        return Outcome(FINE, lines, lines)
     if arguments.source is not None:
         return _print_stored(arguments.source)
     task = _task(arguments)

@@ -95,10 +95,11 @@ def test_a_stored_result_is_printed(run: Run) -> None:
     assert run("measure", "--from", "other.json").code == 2
 
 
-def test_definitions(run: Run) -> None:
-    ran = run("measure", "--definitions")
+def test_help_says_what_each_metric_means_here_and_elsewhere(run: Run) -> None:
+    ran = run("measure", "--help")
     assert ran.code == 0
-    assert "median_ttft_ms" in ran.out
+    assert "  median_ttft_ms           ms, lower is better: TTFT, median over a batch: time from the first" in ran.out
+    assert "    GuideLLM: (last - first token) / (tokens - 1): our TPOT" in ran.out
 
 
 def test_the_key_comes_from_the_environment(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
