@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.real.conftest import Gate, make_model
+from tests.support.processes import processes_marked, wait_until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
@@ -77,7 +78,8 @@ def test_end_of_pytest_while_the_server_loads(make_gate: Callable[..., Gate], nu
     marker = f"load-{number.name}"
     segments = set(SHARED_MEMORY.iterdir())
     process = make_gate().start(*BUILT_IN, "-s", **{MARKER: marker})
-    output = read_until(process, "vLLM is loading, 1")  # 10 s or more: engine processes are there
+    output = read_until(process, "vLLM is loading")
+    wait_until(lambda: "EngineCore" in str(processes_marked(marker)), "an engine's process", timeout_s=60)
     assert len(left_running(marker)) > 2
     os.kill(process.pid, number)
     output += process.communicate(timeout=60)[0]
