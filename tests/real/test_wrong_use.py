@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from tests.real.conftest import Gate, make_model
-from tests.support.processes import processes_marked, wait_until
+from tests.support.processes import wait_until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
@@ -32,6 +33,15 @@ def left_running(marker: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def titles_below(pid: int) -> str:
+    """What the processes that a process has started, and those that they have, call themselves."""
+    titles = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            titles += child.cmdline()
+    return " ".join(titles)
 
 
 def wait_until_none_is_left(marker: str, timeout_s: float = 60) -> list[psutil.Process]:
@@ -79,7 +89,7 @@ def test_end_of_pytest_while_the_server_loads(make_gate: Callable[..., Gate], nu
     segments = set(SHARED_MEMORY.iterdir())
     process = make_gate().start(*BUILT_IN, "-s", **{MARKER: marker})
     output = read_until(process, "vLLM is loading")
-    wait_until(lambda: "EngineCore" in str(processes_marked(marker)), "an engine's process", timeout_s=60)
+    wait_until(lambda: "EngineCore" in titles_below(process.pid), "an engine's process", timeout_s=60)
     assert len(left_running(marker)) > 2
     os.kill(process.pid, number)
     output += process.communicate(timeout=60)[0]
