@@ -17,6 +17,8 @@ from pytest_gpulayout.metrics import METRICS
 from tests.support.command_line import Run
 from tests.support.stream_server import Reply, StreamServer
 
+pytestmark = pytest.mark.end_to_end
+
 SIZES = ["--input-tokens", "20", "--output-tokens", "3"]
 LOAD = ["--model", "m", "--no-calibration", *SIZES, "--requests", "8", "--concurrency", "2", "--batches", "2"]
 NOWHERE = "http://127.0.0.1:1"

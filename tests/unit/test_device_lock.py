@@ -16,6 +16,8 @@ from tests.support.processes import wait_until
 OWNER = """
 import sys
 from pytest_gpulayout.adapters import device_lock
+
+pytestmark = pytest.mark.end_to_end
 device_lock.LOCK_FOLDER = sys.argv[1]
 say = lambda text: print(text, flush=True)
 locks = device_lock.DeviceLocks(sys.argv[3:], sys.argv[2], say)
