@@ -13,11 +13,11 @@ from pytest_gpulayout.adapters import device_lock
 from pytest_gpulayout.adapters.device_lock import DeviceLocks
 from tests.support.processes import wait_until
 
+pytestmark = pytest.mark.end_to_end
+
 OWNER = """
 import sys
 from pytest_gpulayout.adapters import device_lock
-
-pytestmark = pytest.mark.end_to_end
 device_lock.LOCK_FOLDER = sys.argv[1]
 say = lambda text: print(text, flush=True)
 locks = device_lock.DeviceLocks(sys.argv[3:], sys.argv[2], say)
