@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 
 from pytest_gpulayout.adapters.cpu_host import cpu_model
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineRun, BaselineSession
-from pytest_gpulayout.gate import NOISE_PRIORS, GatePolicy, judge_once
+from pytest_gpulayout.judging import NOISE_PRIORS, GatePolicy, judge_once
 from pytest_gpulayout.measurement import Identity
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.options import OPTIONS

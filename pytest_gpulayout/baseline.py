@@ -1,30 +1,33 @@
 """What a measurement is compared with: the baseline document, its key, and where it belongs.
 
-Knows the document's fields, its text form and its path; :mod:`~pytest_gpulayout.adapters.baseline_files` knows files.
-The text form is made for review: the key in full, and each session one line, so that a re-recording is a short diff.
+Knows the document's fields; :mod:`~pytest_gpulayout.baseline_text` knows its text form, and
+:mod:`~pytest_gpulayout.adapters.baseline_files` knows files.
 
 Identity has four parts. The *key* must match exactly (model, layout, hardware, workload). The *epoch* (driver, CUDA,
 NCCL, kernel) and the *software under test* (vLLM, torch, arguments) do not: a change of either is named in the
 verdict. *Covariates* (host, load, core binding) are recorded, and named too where they differ.
+
+Sessions that share a mean form a *level*. A new level begins where somebody accepted a change
+(:class:`LevelStart`); within it, sessions of another epoch have a mean of their own. The other groups are not
+compared with, but tell how much sessions differ when nothing has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pytest_gpulayout.errors import BaselineCorrupt
-from pytest_gpulayout.schemas import read_document
 from pytest_gpulayout.verdict import MetricSample
 
-SCHEMA_VERSION = 1
 PROTOCOL = 1
 """Counts up when the way of measuring changes, so that numbers of different meaning are never compared."""
+
+NEWEST = 20
+"""Sessions of a group that count; older ones are left out of the mean and the spread."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+@-]+")
 _LONGEST_NAME = 80
@@ -64,10 +67,16 @@ class BaselineKey:
 
 @dataclass(frozen=True, slots=True)
 class BaselineRun:
-    """One server start. :param metrics: each metric's value in each batch, (n_batches,) in the metric's unit."""
+    """One server start.
+
+    :param metrics: each metric's value in each batch, (n_batches,) in the metric's unit.
+    :param observed: what else was seen of this start, by the names of :data:`~pytest_gpulayout.observed.OBSERVED`:
+        start-up time, KV-cache size, clocks, where the latency went. Never judged; tells causes.
+    """
 
     requests: int
     metrics: Mapping[str, tuple[float, ...]]
+    observed: Mapping[str, float] = field(default_factory=dict)
 
 
 def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
@@ -77,10 +86,30 @@ def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[floa
 
 
 @dataclass(frozen=True, slots=True)
+class LevelStart:
+    """Why a session is not compared with those before it: somebody accepted a change.
+
+    :param reason: in their words. :param changes: what got better and worse, as
+        ``median_tpot_ms 9.8 ms -> 11.9 ms (+21.4%, worse)``.
+    :param until: last day (ISO 8601) of a waiver, on which the level before counts again; ``""`` for good.
+    """
+
+    reason: str
+    changes: tuple[str, ...] = ()
+    until: str = ""
+
+    def is_over(self, today: str) -> bool:
+        """Whether this was a waiver, and its last day is past. :param today: ISO 8601 date."""
+        return bool(self.until) and today > self.until
+
+
+@dataclass(frozen=True, slots=True)
 class BaselineSession:
     """The starts of one measuring session, and what the machine and the software were then.
 
+    :param recorded: UTC, ISO 8601.
     :param topology: the wiring, as :func:`~pytest_gpulayout.drift.wiring_document` gives it.
+    :param begins: it begins a new level; ``None`` where it goes on with the one before.
     """
 
     recorded: str
@@ -89,6 +118,11 @@ class BaselineSession:
     covariates: Mapping[str, Any]
     runs: tuple[BaselineRun, ...]
     topology: Mapping[str, Any] = field(default_factory=dict)
+    begins: LevelStart | None = None
+
+    def samples(self, metric: str) -> tuple[MetricSample, ...]:
+        """Return (n_starts,) samples of one metric; starts that never measured it are left out."""
+        return tuple(MetricSample(run.metrics[metric]) for run in self.runs if metric in run.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,56 +132,77 @@ class Baseline:
     key: BaselineKey
     sessions: tuple[BaselineSession, ...] = field(default=())
 
-    def samples(self, metric: str) -> tuple[tuple[MetricSample, ...], ...]:
-        """Return (sessions,) of (starts,) samples of one metric; sessions that never measured it are left out."""
-        sessions = (
-            tuple(MetricSample(run.metrics[metric]) for run in session.runs if metric in run.metrics)
-            for session in self.sessions
-        )
-        return tuple(filter(None, sessions))
+    def levels(self) -> tuple[tuple[BaselineSession, ...], ...]:
+        """Return (n_levels,) of sessions, oldest first."""
+        levels: list[list[BaselineSession]] = []
+        for session in self.sessions:
+            if not levels or session.begins is not None:
+                levels.append([])
+            levels[-1].append(session)
+        return tuple(map(tuple, levels))
+
+    def reference(self, epoch: Mapping[str, Any] | None = None, *, today: str = "") -> Reference:
+        """Return which sessions a measurement is compared with.
+
+        :param epoch: of the measurement; ``None`` for that of the newest session.
+        :param today: ISO 8601 date; a waiver that is over by then leaves its level out of the mean.
+        """
+        levels = self.levels()
+        start = levels[-1][0].begins
+        current = -1
+        if start is not None and start.is_over(today) and len(levels) > 1:
+            current = -2
+        groups = [_by_epoch(level) for level in levels]
+        here = groups[current]
+        chosen = next((group for group in here if epoch is not None and group[0].epoch == epoch), None)
+        chosen = chosen or next(group for group in here if levels[current][-1] in group)
+        others = tuple(group for level in groups for group in level if group is not chosen)
+        return Reference(chosen, others, start, is_expired=current == -2)
 
 
-def baseline_to_text(baseline: Baseline) -> str:
-    """Write the document: the key indented, one line per session, a newline at the end.
+def _by_epoch(level: Sequence[BaselineSession]) -> list[tuple[BaselineSession, ...]]:
+    """The newest sessions of each epoch, in order of first appearance."""
+    groups: list[list[BaselineSession]] = []
+    for session in level:
+        known = next((group for group in groups if group[0].epoch == session.epoch), None)
+        if known is None:
+            groups.append([session])
+        else:
+            known.append(session)
+    return [tuple(group[-NEWEST:]) for group in groups]
 
-    :raises BaselineCorrupt: it could not be read back, and so must not be stored.
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a measurement is compared with.
+
+    :param sessions: (K,), oldest first: their mean is the reference.
+    :param others: groups of sessions at another level or of another epoch; they tell of the spread only.
+    :param accepted: how the newest level began, ``None`` for the first one.
+    :param is_expired: it was a waiver and is over, so ``sessions`` are of the level before.
     """
-    sessions = ",\n".join("  " + json.dumps(asdict(session), sort_keys=True) for session in baseline.sessions)
-    key = json.dumps(asdict(baseline.key), indent=2, sort_keys=True).replace("\n", "\n ")
-    text = f'{{\n "schema_version": {SCHEMA_VERSION},\n "key": {key},\n "sessions": [\n{sessions}\n ]\n}}\n'
-    baseline_from_text(text, baseline.key.path)
-    return text
+
+    sessions: tuple[BaselineSession, ...]
+    others: tuple[tuple[BaselineSession, ...], ...] = ()
+    accepted: LevelStart | None = None
+    is_expired: bool = False
+
+    @property
+    def newest(self) -> BaselineSession:
+        """What the machine and the software were last."""
+        return self.sessions[-1]
+
+    def level_samples(self, metric: str) -> tuple[tuple[MetricSample, ...], ...]:
+        """Return (K,) of (n_starts,) samples; sessions that never measured the metric are left out."""
+        return _samples(self.sessions, metric)
+
+    def other_samples(self, metric: str) -> tuple[tuple[tuple[MetricSample, ...], ...], ...]:
+        """Return the same of each other group, without those that never measured the metric."""
+        return tuple(filter(None, (_samples(group, metric) for group in self.others)))
 
 
-def baseline_from_text(text: str, path: str) -> Baseline:
-    """Read a document.
-
-    :param path: where it came from, for messages.
-    :raises BaselineCorrupt: not JSON, not the document of the schema, or a value that is no positive number.
-    """
-    document, problems = read_document(text, "baseline")
-    if problems:
-        raise _corrupt(path, "; ".join(problems[:3]))
-    key = BaselineKey(**document["key"])
-    return Baseline(key, tuple(_session(item) for item in document["sessions"]))
-
-
-def _session(item: Mapping[str, Any]) -> BaselineSession:
-    runs = tuple(
-        BaselineRun(run["requests"], {name: tuple(values) for name, values in run["metrics"].items()})
-        for run in item["runs"]
-    )
-    return BaselineSession(
-        item["recorded"], item["epoch"], item["sut"], item["covariates"], runs, item.get("topology", {})
-    )
-
-
-def _corrupt(path: str, reason: str) -> BaselineCorrupt:
-    return BaselineCorrupt(
-        f"a baseline document was required, and this file is none: {reason}\n  in {path}\n"
-        "  restore it (git checkout), or record it again: --gpu-baseline=update",
-        path=path,
-    )
+def _samples(sessions: Sequence[BaselineSession], metric: str) -> tuple[tuple[MetricSample, ...], ...]:
+    return tuple(filter(None, (session.samples(metric) for session in sessions)))
 
 
 def safe_name(text: str) -> str:

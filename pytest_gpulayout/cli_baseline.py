@@ -67,9 +67,9 @@ def _compare(arguments: argparse.Namespace) -> Outcome:
 
 def _judge_files(arguments: argparse.Namespace) -> Verdict:
     """A side that is missing, or is not the document it should be, is a verdict here and not an error."""
-    from pytest_gpulayout.baseline import baseline_from_text
+    from pytest_gpulayout.baseline_text import baseline_from_text
+    from pytest_gpulayout.comparing import judge_recorded
     from pytest_gpulayout.errors import BaselineError, MeasurementError
-    from pytest_gpulayout.gate import judge_recorded
     from pytest_gpulayout.results import measurements_from_text
     from pytest_gpulayout.verdict import Status, Verdict
 
@@ -162,7 +162,7 @@ def _entry_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_baseline(store: BaselineStore, path: str) -> Baseline:
-    from pytest_gpulayout.baseline import baseline_from_text
+    from pytest_gpulayout.baseline_text import baseline_from_text
     from pytest_gpulayout.errors import BaselineNotFound
 
     text = store.read(path)
@@ -178,7 +178,7 @@ def _read_baseline(store: BaselineStore, path: str) -> Baseline:
 
 def _baseline_show(arguments: argparse.Namespace) -> Outcome:
     from pytest_gpulayout.adapters.baseline_files import open_baselines
-    from pytest_gpulayout.baseline import baseline_to_text
+    from pytest_gpulayout.baseline_text import baseline_to_text
 
     baseline = _read_baseline(open_baselines(arguments.dir), arguments.path)
     return Outcome(FINE, json.loads(baseline_to_text(baseline)), list(_baseline_lines(baseline)))
@@ -208,5 +208,5 @@ def _metric_rows(baseline: Baseline) -> Iterator[tuple[str, ...]]:
     names = dict.fromkeys(name for session in baseline.sessions for run in session.runs for name in run.metrics)
     for name in names:
         unit = METRICS[name].unit if name in METRICS else ""
-        values = [sample.value for session in baseline.samples(name) for sample in session]
+        values = [sample.value for session in baseline.sessions for sample in session.samples(name)]
         yield name, *(quantity(f(values), unit) for f in (median, min, max)), str(len(values))

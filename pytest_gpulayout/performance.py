@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_gpulayout.errors import ServerError
-from pytest_gpulayout.gate import NOISE_PRIORS, GateInputs, GatePolicy, PlacedLayout, judge_performance
+from pytest_gpulayout.gate import PlacedLayout
+from pytest_gpulayout.judging import NOISE_PRIORS, GateInputs, GatePolicy, judge_performance
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.ports import Server
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
@@ -93,6 +94,7 @@ class Performance:
             store=self._wiring.store(),
             policy=self._policy(tolerances),
             measure_again=self._measure_again,
+            say=self._live.say,
             now_utc=utc_now,
             elapsed_s=lambda: time.monotonic() - began + measurement.runs[0].duration_s,
         )

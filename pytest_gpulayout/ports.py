@@ -216,8 +216,15 @@ class BaselineStore(Protocol):
     def read(self, path: str) -> str | None:
         """Return the text stored under ``path``, ``None`` when there is none."""
 
-    def write(self, path: str, text: str) -> None:
-        """Store ``text``; a reader sees the old text or the new one, never a part."""
+    def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
+        """Replace what is stored by what ``change`` makes of it; no other writer comes between.
+
+        A reader sees the old text or the new one, never a part.
+
+        :param change: takes the text now, ``None`` when there is none, and returns the new one, ``None`` to remove
+            it. May be called again when another writer was faster; what it raises leaves all as it was.
+        :returns: whether something was stored before.
+        """
 
     def paths(self) -> Sequence[str]:
         """Return all stored paths, sorted."""

@@ -15,7 +15,7 @@ from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.server_window import ttft_split_text
 from pytest_gpulayout.tolerance import percent_text
 from pytest_gpulayout.topology_faults import describe_faults
-from pytest_gpulayout.verdict import PROVISIONAL_BELOW_SESSIONS, AdvisoryChange, MetricVerdict, Status, Verdict
+from pytest_gpulayout.verdict import AdvisoryChange, MetricVerdict, Status, Verdict
 from pytest_gpulayout.vllm_result import vllm_result
 
 if TYPE_CHECKING:
@@ -136,14 +136,12 @@ def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str
     lines = [line for status in order for m in verdict.metrics if m.status is status for line in metric_lines(m)]
     if verdict.status in (Status.INVALID, Status.NO_BASELINE, Status.INCONCLUSIVE):
         lines = [f"{verdict.status}: {reason}" for reason in verdict.reasons] + lines
+    lines = [*verdict.cause[:1], *lines, *verdict.cause[1:]]
     if verdict.drift:
         lines.insert(0, verdict.drift)
     lines += [f"  changed since the baseline: {change}" for change in verdict.changed]
     if verdict.provisional:
-        lines.append(
-            f"  provisional: fewer than {PROVISIONAL_BELOW_SESSIONS} stored sessions, "
-            "the spread rests mostly on the documented prior"
-        )
+        lines.append(f"  provisional: {verdict.provisional}")
     lines += [f"  {part}" for part in (where, verdict.baseline_path) if part]
     if verdict.status is Status.INVALID:
         lines.append("  nothing was judged or stored: mend the cause and run again")

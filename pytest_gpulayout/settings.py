@@ -28,7 +28,7 @@ from pytest_gpulayout.transport import parse_allowed
 from pytest_gpulayout.workload import as_workload
 
 if TYPE_CHECKING:
-    from pytest_gpulayout.gate import BaselineMode
+    from pytest_gpulayout.judging import BaselineMode
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.ports import Platform

@@ -20,20 +20,29 @@ from pytest_gpulayout.errors import MeasurementError
 POWER = 0.80
 """Probability with which a change of the size of :meth:`Effect.detectable` is found."""
 
+SETTLED_DF = 7.0
+"""Degrees of freedom from which a spread rests on its own data alone, as with eight sessions of one level."""
+
+Session = Sequence[float]
+"""(r,) logs of one session, one per start."""
+
 
 @dataclass(frozen=True, slots=True)
 class NoisePrior:
     """What is assumed of the noise before there is data, and what the assumption weighs.
 
-    A scaled inverse chi-square prior on each variance: ``df`` counts like that many degrees of freedom of data.
+    A scaled inverse chi-square prior on each variance: ``df`` counts like that many degrees of freedom of data. It is
+    dropped when the data have :data:`SETTLED_DF` of their own.
 
     :param start_sd: relative spread between starts of one session. :param session_sd: between sessions.
+    :param source: where it comes from, in words.
     """
 
     start_sd: float
     session_sd: float
     start_df: float = 4.0
     session_df: float = 3.0
+    source: str = "the documented prior"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,56 +58,125 @@ class Effect:
 
     def lower(self, alpha: float) -> float:
         """One-sided lower bound: the true effect is below it with probability ``alpha`` at most."""
-        return self.size - self.se * _t_quantile(1 - alpha, self.df)
+        return self.size - self.se * t_quantile(1 - alpha, self.df)
 
     def upper(self, alpha: float) -> float:
         """One-sided upper bound: the true effect is above it with probability ``alpha`` at most."""
-        return self.size + self.se * _t_quantile(1 - alpha, self.df)
+        return self.size + self.se * t_quantile(1 - alpha, self.df)
 
-    def detectable(self, alpha: float) -> float:
-        """Smallest true effect that a test at level ``alpha`` finds with probability :data:`POWER`."""
-        return self.se * (_t_quantile(1 - alpha, self.df) + _t_quantile(POWER, self.df))
+    @property
+    def p_worse(self) -> float:
+        """One-sided p-value of "nothing got worse": small where it did."""
+        return t_cdf(-self.size / self.se, self.df)
+
+    @property
+    def p_better(self) -> float:
+        """One-sided p-value of "nothing got better"."""
+        return t_cdf(self.size / self.se, self.df)
+
+    def detectable(self, alpha: float, at_least: float = 0.0) -> float:
+        """Smallest true effect that is found with probability :data:`POWER`.
+
+        Found means: a test at level ``alpha`` finds it, and the estimate is ``at_least`` as large.
+        """
+        return max(self.se * t_quantile(1 - alpha, self.df), at_least) + self.se * t_quantile(POWER, self.df)
 
 
-def estimate_effect(
-    current: Sequence[float], sessions: Sequence[Sequence[float]], prior: NoisePrior, *, start_variance_floor: float
-) -> Effect:
-    """Compare this session's starts with those of the stored sessions.
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How much sessions and starts differ when nothing has changed.
 
-    Variances are pooled with their prior; the standard error is that of a *prediction* (this session is one more
-    draw from the sessions)::
+    :param start_variance: between starts of one session. :param mean_variance: between means of stored sessions,
+        each of ``1 / inverse_starts`` starts; both parts are in it.
+    :param inverse_starts: mean of 1/r over the stored sessions. :param sessions: K, those that give the mean.
+    :param is_settled: it rests on its own data alone, not on a prior.
+    """
 
-        se^2 = s_S^2 (1 + 1/K) + s_R^2 (1/r + (1/K^2) sum 1/r_k)        df by Satterthwaite
+    start_variance: float
+    start_df: float
+    mean_variance: float
+    mean_df: float
+    inverse_starts: float
+    sessions: int
+    is_settled: bool
 
-    :param current: (r,) logs of this session, one per start. :param sessions: K stored ones, each (r_k,).
+    def of_prediction(self, starts: int, *, sessions: int | None = None) -> tuple[float, float]:
+        """Return the standard error, and its degrees of freedom, of a new session's mean less the stored mean.
+
+        The new session is one more draw, so this is a *prediction*::
+
+            se^2 = s_M^2 (1 + 1/K) + s_R^2 (1/r - mean(1/r_k))        df by Satterthwaite
+
+        With as many starts as the stored sessions the second term is nothing, and the test is Student's t with K - 1
+        degrees of freedom. With more starts it is left out: the prediction is too wide then, never too narrow.
+
+        :param starts: r, of the new session. :param sessions: another K, to plan with.
+        """
+        count = sessions or self.sessions
+        df = self.mean_df + (count - self.sessions if sessions else 0)
+        of_sessions = self.mean_variance * (1 + 1 / count)
+        of_starts = self.start_variance * max(0.0, 1 / starts - self.inverse_starts)
+        variance = of_sessions + of_starts
+        return math.sqrt(variance), variance**2 / (of_sessions**2 / df + of_starts**2 / self.start_df)
+
+
+def estimate_spread(
+    level: Sequence[Session],
+    others: Sequence[Sequence[Session]],
+    current: Session,
+    prior: NoisePrior,
+    *,
+    start_variance_floor: float,
+) -> Spread:
+    """Pool what all stored sessions show of the noise; each group of sessions has a mean of its own.
+
+    :param level: (K,) sessions that the new one is compared with. :param others: groups of sessions at another level
+        (another driver, before an accepted change), which tell of the spread only.
+    :param current: the new session; its starts tell of the spread between starts.
     :param start_variance_floor: least possible variance of a start's value, from the spread of its batches.
     :raises MeasurementError: no current start, no session, or a session without a start.
     """
-    if not current or not sessions or not all(sessions):
+    groups = [level, *others]
+    if not current or not level or not all(session for group in groups for session in group):
         raise MeasurementError("an effect needs at least one start now and one in every stored session; found none")
-    start_variance, start_df = _start_variance([*sessions, current], prior, start_variance_floor)
-    means = [_mean(session) for session in sessions]
-    inverse_starts = sum(1 / len(session) for session in sessions) / len(sessions)
-    session_variance, session_df = _session_variance(means, start_variance * inverse_starts, prior)
-    of_sessions = session_variance * (1 + 1 / len(sessions))
-    of_starts = start_variance * (1 / len(current) + inverse_starts / len(sessions))
-    variance = of_sessions + of_starts
-    df = variance**2 / (of_sessions**2 / session_df + of_starts**2 / start_df)
-    return Effect(_mean(current) - _mean(means), math.sqrt(variance), df)
+    start_variance, start_df, starts_settled = _start_variance(
+        [current, *(session for group in groups for session in group)], prior, start_variance_floor
+    )
+    inverse_starts = _mean([1 / len(session) for session in level])
+    means = [[_mean(session) for session in group] for group in groups]
+    squares = sum((mean - _mean(group)) ** 2 for group in means for mean in group)
+    df = float(sum(len(group) - 1 for group in means))
+    assumed = prior.session_sd**2 + start_variance * inverse_starts
+    weight = 0.0 if df >= SETTLED_DF else prior.session_df
+    return Spread(
+        start_variance=start_variance,
+        start_df=start_df,
+        mean_variance=max((weight * assumed + squares) / (weight + df), _SMALLEST_VARIANCE),
+        mean_df=weight + df,
+        inverse_starts=inverse_starts,
+        sessions=len(level),
+        is_settled=weight == 0 and starts_settled,
+    )
 
 
-def _start_variance(sessions: Sequence[Sequence[float]], prior: NoisePrior, floor: float) -> tuple[float, float]:
+_SMALLEST_VARIANCE = 1e-12  # equal numbers to the last digit: a test of their difference still needs a width
+
+
+def _start_variance(sessions: Sequence[Session], prior: NoisePrior, floor: float) -> tuple[float, float, bool]:
     squares = sum((value - _mean(session)) ** 2 for session in sessions for value in session)
-    df = prior.start_df + sum(len(session) - 1 for session in sessions)
-    return max((prior.start_df * prior.start_sd**2 + squares) / df, floor), df
+    df = float(sum(len(session) - 1 for session in sessions))
+    weight = 0.0 if df >= SETTLED_DF else prior.start_df
+    variance = (weight * prior.start_sd**2 + squares) / (weight + df)
+    return max(variance, floor, _SMALLEST_VARIANCE), weight + df, weight == 0
 
 
-def _session_variance(means: Sequence[float], of_a_mean: float, prior: NoisePrior) -> tuple[float, float]:
-    """Variance between sessions; what the starts alone explain of the spread of the means is taken off."""
-    spread = sum((mean - _mean(means)) ** 2 for mean in means)
-    explained = (len(means) - 1) * of_a_mean
-    df = prior.session_df + len(means) - 1
-    return (prior.session_df * prior.session_sd**2 + max(0.0, spread - explained)) / df, df
+def estimate_effect(current: Session, level: Sequence[Session], spread: Spread) -> Effect:
+    """Return how far this session is from the mean of the stored ones.
+
+    :param level: (K,) stored sessions. :param spread: :func:`estimate_spread` of the same.
+    """
+    size = _mean(current) - _mean([_mean(session) for session in level])
+    return Effect(size, *spread.of_prediction(len(current)))
 
 
 def median(values: Sequence[float]) -> float:
@@ -124,7 +202,15 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _t_quantile(probability: float, df: float) -> float:
+def t_quantile(probability: float, df: float) -> float:
+    """Quantile of Student's t."""
     from scipy.special import stdtrit  # imported late: it brings numpy, which a run without a gate never needs
 
     return float(stdtrit(df, probability))
+
+
+def t_cdf(value: float, df: float) -> float:
+    """Probability that Student's t is below ``value``."""
+    from scipy.special import stdtr
+
+    return float(stdtr(df, value))

@@ -571,9 +571,15 @@ class InMemoryBaselines:
         """Return the text stored under ``path``, ``None`` when there is none."""
         return self.texts.get(path)
 
-    def write(self, path: str, text: str) -> None:
-        """Store ``text`` under ``path``."""
-        self.texts[path] = text
+    def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
+        """Store what ``change`` makes of what is stored."""
+        before = self.texts.get(path)
+        after = change(before)
+        if after is None:
+            self.texts.pop(path, None)
+        else:
+            self.texts[path] = after
+        return before is not None
 
     def paths(self) -> Sequence[str]:
         """Return all stored paths, sorted."""

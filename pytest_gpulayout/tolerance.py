@@ -39,6 +39,10 @@ class Tolerance:
             return -math.log1p(-self.fraction)
         return math.log1p(self.fraction)
 
+    def fraction_of(self, margin: float) -> float:
+        """The fraction of another margin on the log scale; the inverse of :attr:`margin`."""
+        return -math.expm1(-margin) if METRICS[self.metric].better == "higher" else math.expm1(margin)
+
 
 def percent_text(fraction: float) -> str:
     """``0.05`` -> ``5%``, ``0.025`` -> ``2.5%``."""

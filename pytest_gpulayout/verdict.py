@@ -1,19 +1,23 @@
 """From effects to verdicts: which change is a regression, and what may be called a pass.
 
 The rule, per metric, with margin m (the tolerance on the log scale), L the lower bound at the level of a false alarm,
-U the upper bound at the level of a miss:
+U the upper bound at the level of a miss, D the smallest change that the gate can see:
 
 =============  =========================================================================================
 regression     L > 0 and the estimate is at least m/2 (at a true change of m it is below m half the time)
 improvement    the mirror image
-pass           U < m: a change that matters is ruled out. Not having seen one is not enough
+pass           U < m and D <= m: a change that matters is ruled out. Not having seen one is not enough
 inconclusive   neither
 =============  =========================================================================================
 
-Levels: 1 % for a false alarm over all gated metrics together (Bonferroni), 5 % for a miss. A gate may look after each
-start; every look before the last spends a tenth of the level, all of them half of it at most, and the last one the
-rest, so that the levels hold over all looks by the union bound. A regression is never called on one start when there
-may be another.
+Levels: 1 % for a false alarm over all gated metrics together (Benjamini and Hochberg, J. R. Stat. Soc. B 57, 1995:
+with no true change it bounds the probability of any), 5 % for a miss of each metric. The bound L of a metric is at
+the level that the procedure left it (Benjamini and Yekutieli, JASA 100, 2005), so that L > 0 says the same as the
+test.
+
+A gate may look after each start. Every look before the last spends a fiftieth of the level of a false alarm, and the
+last one the rest; passes are not in such a hurry to be rare, and each look has the same share of theirs. The levels
+hold over all looks by the union bound. A regression is never called on one start when there may be another.
 """
 
 from __future__ import annotations
@@ -24,14 +28,24 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pytest_gpulayout.metrics import METRICS
-from pytest_gpulayout.stats import Effect, NoisePrior, estimate_effect, median, variance
+from pytest_gpulayout.stats import (
+    Effect,
+    NoisePrior,
+    Session,
+    Spread,
+    estimate_effect,
+    estimate_spread,
+    median,
+    variance,
+)
 from pytest_gpulayout.tolerance import Tolerance
 
 FALSE_ALARM = 0.01
 MISS = 0.05
-_EARLY_SHARE = 0.1
-_MOST_EARLY = 0.5
-PROVISIONAL_BELOW_SESSIONS = 5
+_EARLY_ALARM = 0.02
+MOST_STARTS = 10
+MOST_SESSIONS = 20
+"""How far :class:`Requirement` looks for what a margin would take."""
 
 
 class Status(StrEnum):
@@ -62,6 +76,40 @@ class MetricSample:
         return median(self.batches)
 
 
+Samples = Sequence[Sequence[MetricSample]]
+"""(n_sessions,) of (n_starts,) samples of one metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetricHistory:
+    """One metric in this session and in the stored ones.
+
+    :param current: (r,) starts of this session. :param level: (K,) stored sessions that it is compared with.
+    :param others: groups of stored sessions at another level, which tell of the spread only.
+    :param prior: what is assumed of the noise as long as there is little of it.
+    """
+
+    tolerance: Tolerance
+    current: Sequence[MetricSample]
+    level: Samples
+    prior: NoisePrior
+    others: Sequence[Samples] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What it takes to see a change of the size of the margin.
+
+    :param starts: fresh starts per gate, with the sessions that are stored; ``None`` when :data:`MOST_STARTS` are not
+        enough. :param sessions: stored sessions, with that many starts; ``None`` when no number up to
+        :data:`MOST_SESSIONS` is enough. :param smallest: fraction that can be seen with the most of both.
+    """
+
+    starts: int | None
+    sessions: int | None
+    smallest: float
+
+
 @dataclass(frozen=True, slots=True)
 class MetricVerdict:
     """One metric, judged.
@@ -69,7 +117,11 @@ class MetricVerdict:
     :param baseline: and ``current``: geometric means over starts, in the metric's unit.
     :param change: current / baseline - 1, in the metric's own direction (throughput: negative is worse).
     :param ci: (low, high) of ``change``, the bounds that the verdict rests on.
-    :param tolerance: fraction that it may get worse. :param min_detectable: fraction that would have been seen.
+    :param tolerance: fraction that it may get worse.
+    :param min_detectable: fraction that this gate, with all the starts it may make, finds in 80 of 100 runs.
+    :param n_current: starts now. :param n_baseline: stored starts. :param n_sessions: stored sessions.
+    :param is_settled: the spread rests on stored sessions alone, not on a prior.
+    :param requirement: what a verdict would take; only where it is inconclusive.
     """
 
     name: str
@@ -82,6 +134,9 @@ class MetricVerdict:
     min_detectable: float
     n_current: int
     n_baseline: int
+    n_sessions: int = 1
+    is_settled: bool = False
+    requirement: Requirement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,58 +146,136 @@ class Look:
     number: int
     of: int
 
-    def level(self, overall: float) -> float:
-        """This look's share of an overall level."""
-        early = min(_EARLY_SHARE, _MOST_EARLY / (self.of - 1)) if self.of > 1 else 0.0
-        return overall * (early if self.number < self.of else 1 - early * (self.of - 1))
+    @property
+    def is_last(self) -> bool:
+        """Nothing will be added."""
+        return self.number >= self.of
+
+    @property
+    def alarm(self) -> float:
+        """This look's share of the level of a false alarm."""
+        return FALSE_ALARM * (1 - _EARLY_ALARM * (self.of - 1) if self.is_last else _EARLY_ALARM)
+
+    @property
+    def miss(self) -> float:
+        """This look's share of the level of a miss."""
+        return MISS / self.of
 
 
-def judge_metric(
-    tolerance: Tolerance,
-    current: Sequence[MetricSample],
-    sessions: Sequence[Sequence[MetricSample]],
-    *,
-    prior: NoisePrior,
-    look: Look,
-    metrics: int,
-) -> MetricVerdict:
-    """Judge one metric of this session against the stored ones.
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What is known of one metric before the others are looked at."""
 
-    :param current: (r,) starts of this session. :param sessions: (K,) stored sessions, each (r_k,) starts.
-    :param metrics: how many metrics are gated together.
+    history: MetricHistory
+    effect: Effect
+    spread: Spread
+    stored_mean: float
+    sign: float
+
+
+def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[MetricVerdict, ...]:
+    """Judge the gated metrics of this session together against the stored ones.
+
+    :param histories: (n_metrics,), each with at least one start now and one stored session.
+    :param look: ``look.of`` is the number of starts that there may be; more starts than that count as the last look.
+    :raises MeasurementError: a metric has no start now, or no stored one.
     """
-    sign = -1.0 if METRICS[tolerance.metric].better == "higher" else 1.0
-    logs = [sign * math.log(sample.value) for sample in current]
-    stored = [[sign * math.log(sample.value) for sample in session] for session in sessions]
-    everything = [*current, *(sample for session in sessions for sample in session)]
-    effect = estimate_effect(logs, stored, prior, start_variance_floor=_batch_noise(everything))
-    alarm_level = look.level(FALSE_ALARM) / metrics
-    low, high = effect.lower(alarm_level), effect.upper(look.level(MISS))
-    status = _status(effect, low, high, tolerance.margin, alarm_level)
-    if status is Status.REGRESSION and look.number == 1 and look.of > 1:
+    judged = [_effect_of(history) for history in histories]
+    worse = bound_level([item.effect.p_worse for item in judged], look.alarm)
+    better = bound_level([item.effect.p_better for item in judged], look.alarm)
+    return tuple(_verdict(item, look, worse, better, len(judged)) for item in judged)
+
+
+def bound_level(p_values: Sequence[float], level: float) -> float:
+    """Level at which each bound is taken: ``level * max(1, R) / M``, R of M metrics found by Benjamini-Hochberg."""
+    ordered = sorted(p_values)
+    count = len(ordered)
+    found = max((k for k, p in enumerate(ordered, 1) if p <= level * k / count), default=0)
+    return level * max(1, found) / count
+
+
+def _effect_of(history: MetricHistory) -> _Judged:
+    sign = -1.0 if METRICS[history.tolerance.metric].better == "higher" else 1.0
+    level, others = _logs(history.level, sign), [_logs(group, sign) for group in history.others]
+    current = _log_session(history.current, sign)
+    everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
+    spread = estimate_spread(level, others, current, history.prior, start_variance_floor=_batch_noise(everything))
+    effect = estimate_effect(current, level, spread)
+    return _Judged(history, effect, spread, _mean_of_means(level), sign)
+
+
+def _logs(sessions: Samples, sign: float) -> list[Session]:
+    return [_log_session(session, sign) for session in sessions]
+
+
+def _log_session(samples: Sequence[MetricSample], sign: float) -> Session:
+    return [sign * math.log(sample.value) for sample in samples]
+
+
+def _mean_of_means(sessions: Sequence[Session]) -> float:
+    return math.fsum(math.fsum(session) / len(session) for session in sessions) / len(sessions)
+
+
+def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: int) -> MetricVerdict:
+    tolerance, effect, sign = item.history.tolerance, item.effect, item.sign
+    margin = tolerance.margin
+    low, high = effect.lower(worse), effect.upper(look.miss)
+    starts = max(look.of, len(item.history.current))
+    reach = detectable(item.spread, margin, metrics, starts)
+    status = _status(effect, low, high, margin, better, reach)
+    if status is Status.REGRESSION and len(item.history.current) == 1 and not look.is_last:
         status = Status.INCONCLUSIVE
     bounds = sorted((math.expm1(sign * low), math.expm1(sign * high)))
-    mean_stored = math.fsum(math.fsum(s) / len(s) for s in stored) / len(stored)
     return MetricVerdict(
         name=tolerance.metric,
         status=status,
-        baseline=math.exp(sign * mean_stored),
-        current=math.exp(sign * (mean_stored + effect.size)),
+        baseline=math.exp(sign * item.stored_mean),
+        current=math.exp(sign * (item.stored_mean + effect.size)),
         change=math.expm1(sign * effect.size),
         ci=(bounds[0], bounds[1]),
         tolerance=tolerance.fraction,
-        min_detectable=abs(math.expm1(sign * effect.detectable(alarm_level))),
-        n_current=len(current),
-        n_baseline=sum(map(len, sessions)),
+        min_detectable=tolerance.fraction_of(reach),
+        n_current=len(item.history.current),
+        n_baseline=sum(map(len, item.history.level)),
+        n_sessions=item.spread.sessions,
+        is_settled=item.spread.is_settled,
+        requirement=require(item.spread, tolerance, metrics) if status is Status.INCONCLUSIVE else None,
     )
 
 
-def _status(effect: Effect, low: float, high: float, margin: float, alarm_level: float) -> Status:
+def _status(effect: Effect, low: float, high: float, margin: float, better: float, reach: float) -> Status:
     if low > 0 and effect.size >= margin / 2:
         return Status.REGRESSION
-    if effect.upper(alarm_level) < 0 and effect.size <= -margin / 2:
+    if effect.upper(better) < 0 and effect.size <= -margin / 2:
         return Status.IMPROVEMENT
-    return Status.PASS if high < margin else Status.INCONCLUSIVE
+    return Status.PASS if high < margin and reach <= margin else Status.INCONCLUSIVE
+
+
+def detectable(spread: Spread, margin: float, metrics: int, starts: int, *, sessions: int | None = None) -> float:
+    """Smallest change, on the log scale, that a gate of up to ``starts`` starts finds in 80 of 100 runs.
+
+    By its last look alone, with the level of a metric that changes alone: never promised too much.
+
+    :param margin: on the log scale; an estimate below half of it is no regression.
+    :param metrics: gated together. :param sessions: stored ones, where not those there are.
+    """
+    planned = Effect(0.0, *spread.of_prediction(starts, sessions=sessions))
+    return planned.detectable(Look(starts, starts).alarm / metrics, margin / 2)
+
+
+def require(spread: Spread, tolerance: Tolerance, metrics: int) -> Requirement:
+    """Find what it takes to see a change as large as the tolerance, with noise as it was found."""
+    margin = tolerance.margin
+
+    def sees(starts: int, sessions: int) -> bool:
+        return detectable(spread, margin, metrics, starts, sessions=sessions) <= margin
+
+    smallest = detectable(spread, 0.0, metrics, MOST_STARTS, sessions=max(spread.sessions, MOST_SESSIONS))
+    return Requirement(
+        starts=next((n for n in range(1, MOST_STARTS + 1) if sees(n, spread.sessions)), None),
+        sessions=next((k for k in range(spread.sessions, MOST_SESSIONS + 1) if sees(MOST_STARTS, k)), None),
+        smallest=tolerance.fraction_of(smallest),
+    )
 
 
 def _batch_noise(samples: Sequence[MetricSample]) -> float:
@@ -183,7 +316,8 @@ class Verdict:
     :param reasons: why it is what it is, in sentences; empty for a plain pass.
     :param metrics: the gated ones. :param advisory: the others.
     :param changed: what differs from the stored sessions besides the numbers: driver, vLLM, binding.
-    :param provisional: few stored sessions: the spread rests mostly on the documented prior.
+    :param provisional: why it rests on less than it should: few stored sessions, a borrowed spread; ``""`` where not.
+    :param cause: for a metric that moved: a sentence on what moved it most likely, then the rows of a table.
     :param drift: one line on how the wiring differs from the baseline's; empty where it does not.
     :param stored: what was written: ``"recorded"``, ``"updated"`` or nothing.
     :param baseline_path: where the baseline is, or would be.
@@ -195,7 +329,8 @@ class Verdict:
     advisory: tuple[AdvisoryChange, ...] = ()
     changed: tuple[str, ...] = ()
     drift: str = ""
-    provisional: bool = False
+    provisional: str = ""
+    cause: tuple[str, ...] = ()
     stored: str = ""
     baseline_path: str = ""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,15 @@ class BaselineFolder:
                 path=str(file),
             ) from error
 
-    def write(self, path: str, text: str) -> None:
+    def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
+        """Replace what is under ``path`` by what ``change`` makes of it."""
+        before = self.read(path)
+        after = change(before)
+        if after is not None:
+            self._write(path, after)
+        return before is not None
+
+    def _write(self, path: str, text: str) -> None:
         """Replace what is under ``path`` in one step.
 
         :raises BaselineError: the folder cannot be written to.
@@ -116,7 +124,15 @@ class RemoteBaselines:
             ) from error
         return text
 
-    def write(self, path: str, text: str) -> None:
+    def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
+        """Replace what is under ``path`` by what ``change`` makes of it."""
+        before = self.read(path)
+        after = change(before)
+        if after is not None:
+            self._write(path, after)
+        return before is not None
+
+    def _write(self, path: str, text: str) -> None:
         """Replace what is under ``path``.
 
         :raises BaselineError: it cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -36,13 +37,14 @@ def validate(document: Any, name: str) -> list[str]:
     ]
 
 
-def read_document(text: str, name: str) -> tuple[Any, list[str]]:
+def read_document(text: str, name: str, *, migrate: Callable[[Any], Any] = lambda it: it) -> tuple[Any, list[str]]:
     """Read JSON strictly and check it: ``NaN`` and ``Infinity``, which Python's reader lets pass, are no JSON.
 
+    :param migrate: brings a document of an older schema version to the newest, before it is checked.
     :returns: the document, and what is wrong with it as :func:`validate` says it; ``None`` where it is not JSON.
     """
     try:
-        document = json.loads(text, parse_constant=_refuse_constant)
+        document = migrate(json.loads(text, parse_constant=_refuse_constant))
     except (ValueError, RecursionError) as error:
         return None, [f"it is not JSON ({error})"]
     return document, validate(document, name)

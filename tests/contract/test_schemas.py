@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from pytest_gpulayout.baseline import Baseline, BaselineKey, baseline_from_text, baseline_to_text
+from pytest_gpulayout.baseline import Baseline, BaselineKey
+from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_requirement

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulayout.baseline import baseline_to_text
+from pytest_gpulayout.baseline_text import baseline_to_text
 from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.report import performance_record, results_document
 from pytest_gpulayout.trace import RunTrace

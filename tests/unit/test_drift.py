@@ -5,16 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_gpulayout.baseline import Baseline, baseline_from_text, baseline_to_text
+from pytest_gpulayout.baseline import Baseline
+from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from pytest_gpulayout.drift import describe_drift, wiring_document
 from pytest_gpulayout.errors import BaselineNotFound
-from pytest_gpulayout.gate import (
-    GateInputs,
-    GatePolicy,
-    PlacedLayout,
-    judge_performance,
-    place_layout,
-)
+from pytest_gpulayout.gate import PlacedLayout, place_layout
+from pytest_gpulayout.judging import GateInputs, GatePolicy, judge_performance
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_link_class, parse_requirement
 from pytest_gpulayout.measurement import Measurement

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from pytest_gpulayout.baseline import Baseline, baseline_from_text, baseline_to_text
+from pytest_gpulayout.baseline import Baseline
+from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
+from pytest_gpulayout.comparing import judge_recorded
 from pytest_gpulayout.errors import (
     BaselineCorrupt,
     BaselineError,
@@ -14,16 +16,14 @@ from pytest_gpulayout.errors import (
     TopologyError,
     UnsupportedLayoutError,
 )
-from pytest_gpulayout.gate import (
+from pytest_gpulayout.gate import place_layout, require_launchable
+from pytest_gpulayout.judging import (
     NOISE_PRIORS,
     BaselineMode,
     GateInputs,
     GatePolicy,
     judge_once,
     judge_performance,
-    judge_recorded,
-    place_layout,
-    require_launchable,
     what_changed,
 )
 from pytest_gpulayout.layout import parse_layout
@@ -59,6 +59,7 @@ class Gate:
     seconds: float = 10.0
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: parse_tolerances(""))
     measured: int = 1
+    said: list[str] = field(default_factory=list)
 
     def judge(self, measurement: Measurement) -> Verdict:
         verdict, self.measurement = judge_performance(measurement, self._inputs())
@@ -66,7 +67,9 @@ class Gate:
 
     def _inputs(self) -> GateInputs:
         policy = GatePolicy(self.mode, self.tolerances, self.prior, self.starts, self.budget_s)
-        return GateInputs(self.store, policy, self._again, lambda: NOW, lambda: self.measured * self.seconds)
+        return GateInputs(
+            self.store, policy, self._again, lambda: NOW, lambda: self.measured * self.seconds, self.said.append
+        )
 
     def _again(self, measurement: Measurement) -> Measurement:
         self.measured += 1

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulayout.gate import NOISE_PRIORS, GatePolicy, PlacedLayout, judge_once, place_layout
+from pytest_gpulayout.gate import PlacedLayout, place_layout
+from pytest_gpulayout.judging import NOISE_PRIORS, GatePolicy, judge_once
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.nccl_log import parse_nccl_log

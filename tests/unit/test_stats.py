@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from pytest_gpulayout.errors import MeasurementError
-from pytest_gpulayout.gate import NOISE_PRIORS
+from pytest_gpulayout.judging import NOISE_PRIORS
 from pytest_gpulayout.stats import POWER, Effect, NoisePrior, estimate_effect, median, variance
 from pytest_gpulayout.tolerance import Tolerance
 from pytest_gpulayout.verdict import FALSE_ALARM, Look, MetricSample, Status, judge_metric
