@@ -33,13 +33,13 @@ gate: gate-$(PLATFORM)
 gate-cpu: install-cpu libnuma $(TINY_MODEL)/config.json
 	$(PYTEST) -c examples/model_repo/pyproject.toml --rootdir examples/model_repo examples/model_repo/tests \
 	  --gpu-platform=cpu --gpu-layout=$(LAYOUT) --gpu-model=$(or $(MODEL),$(abspath $(TINY_MODEL))) \
-	  --gpu-baseline=$(BASELINE) --gpu-baseline-dir=$(abspath build/gpu-baselines) \
+	  --gpu-baseline=$(BASELINE) --gpu-baseline-dir=$(abspath build/gpu-baselines) --gpu-write-in-ci=yes \
 	  --gpu-results=$(abspath build/results-cpu.json) $(ARGS)
 
 gate-cuda: install-cuda
 	@test -n "$(MODEL)" || { echo "make gate PLATFORM=cuda needs a model: MODEL=Qwen/Qwen3-8B, or MODEL=/path/to/folder"; exit 2; }
 	$(PYTEST) --pyargs pytest_gpulayout.gates --rootdir . --gpu-platform=cuda --gpu-layout=$(LAYOUT) --gpu-model=$(MODEL) \
-	  --gpu-baseline=$(BASELINE) --gpu-baseline-dir=$(abspath build/gpu-baselines) \
+	  --gpu-baseline=$(BASELINE) --gpu-baseline-dir=$(abspath build/gpu-baselines) --gpu-write-in-ci=yes \
 	  --gpu-results=$(abspath build/results-cuda.json) $(ARGS)
 
 $(TINY_MODEL)/config.json: examples/model_repo/make_model.py | install-cpu
@@ -50,7 +50,7 @@ $(TINY_MODEL)/config.json: examples/model_repo/make_model.py | install-cpu
 test: install-cpu libnuma compiler check test-unit test-end-to-end test-fuzz test-real
 
 test-unit: install
-	$(PYTEST) -n 2 -m "not real_vllm and not gpu and not end_to_end" $(ARGS)
+	$(PYTEST) -n 2 -m "not end_to_end" tests/unit tests/contract $(ARGS)
 
 test-end-to-end: install compiler
 	$(PYTEST) -n 2 -m end_to_end $(ARGS)

@@ -3,9 +3,10 @@
 Knows the document's fields; :mod:`~pytest_gpulayout.baseline_text` knows its text form, and
 :mod:`~pytest_gpulayout.adapters.baseline_files` knows files.
 
-Identity has four parts. The *key* must match exactly (model, layout, hardware, workload). The *epoch* (driver, CUDA,
-NCCL, kernel) and the *software under test* (vLLM, torch, arguments) do not: a change of either is named in the
-verdict. *Covariates* (host, load, core binding) are recorded, and named too where they differ.
+Identity has four parts. The *key* must match exactly (:class:`BaselineKey`). The *epoch* (driver, CUDA, NCCL, kernel)
+and the *software under test* (vLLM, torch, arguments) do not: a change of either is named in the verdict.
+*Covariates* (host, commit, core binding) are recorded, and named too where they differ. Which field is where, and
+why, says :mod:`pytest_gpulayout.adapters.host`.
 
 Sessions that share a mean form a *level*. A new level begins where somebody accepted a change
 (:class:`LevelStart`); within it, sessions of another epoch have a mean of their own. The other groups are not
@@ -21,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pytest_gpulayout.errors import LayoutSyntaxError
+from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.verdict import MetricSample
 
 PROTOCOL = 1
@@ -33,12 +36,21 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+@-]+")
 _LONGEST_NAME = 80
 
 
+_MAY_BE_UNKNOWN = frozenset({"model.revision", "model.dtype", "hardware.power_limit_w"})
+_LINKS = "hardware.links"
+_MOST_PAIRS = 6
+
+
 @dataclass(frozen=True, slots=True)
 class BaselineKey:
-    """What a stored number is valid for; equal keys are comparable, all others are not.
+    """What a stored number is valid for; keys without :meth:`differences` are comparable, all others are not.
 
-    :param model: ``name``, ``revision`` (of a folder: a hash of its config.json), ``arguments`` of its marker.
-    :param layout: canonical text. :param hardware: ``platform``, ``device``, ``count``, ``memory_gib``, ``links``.
+    :param model: ``name``, ``revision`` (the commit of a model of a hub, of a folder a hash of its config.json),
+        ``dtype`` (of the weights, with their quantisation), ``arguments`` of its marker.
+    :param layout: canonical text.
+    :param hardware: ``platform``, ``device``, ``count``, ``memory_gib``, ``power_limit_w`` and ``links``: the link
+        class of each pair of ranks that communicate, in the order of
+        :meth:`~pytest_gpulayout.layout.Layout.node_pairs`, so of tp4 of 0-1, 0-2, 0-3, 1-2, 1-3, 2-3.
     :param workload: ``name`` and ``fingerprint``.
     """
 
@@ -50,19 +62,68 @@ class BaselineKey:
 
     @property
     def path(self) -> str:
-        """``<model>/<layout>/<hardware>/<workload>.json``, safe as file names whatever the model is called."""
+        """``<model>/<layout>/<hardware>/<workload>.json``, safe as file names whatever the model is called.
+
+        What is measured side by side has a path of its own: a model with other arguments of its marker. What takes
+        the place of something else has not: a revision, a dtype, a power limit, other numbers in a workload.
+        """
         hardware = [f"{self.hardware['count']}x", self.hardware["device"], *sorted(set(self.hardware["links"]))]
-        parts = (self.model["name"], self.layout, " ".join(hardware), self.workload["name"])
+        model = " ".join(filter(None, (self.model["name"], self.model["arguments"])))
+        parts = (model, self.layout, " ".join(hardware), self.workload["name"])
         return "/".join(safe_name(part) for part in parts) + ".json"
 
-    def differences(self, other: BaselineKey) -> tuple[str, ...]:
-        """Name each field in which ``other`` differs, as ``hardware.links: stored ['NV18'], now ['SYS']``."""
-        mine, theirs = _flatten(asdict(self)), _flatten(asdict(other))
-        return tuple(
-            f"{name}: stored {theirs.get(name)!r}, now {mine.get(name)!r}"
-            for name in dict.fromkeys([*mine, *theirs])
-            if mine.get(name) != theirs.get(name)
-        )
+    def differences(self, stored: BaselineKey) -> tuple[str, ...]:
+        """Name each field in which a stored key differs, as ``hardware.power_limit_w: stored 700, now 500``.
+
+        A revision, dtype or power limit that was not known when it was stored matches any; one that was known does
+        not match one that is unknown now. GPU memory may differ by 1 GiB: drivers keep a part of it for themselves,
+        not all of them the same.
+        """
+        mine, theirs = _flatten(asdict(self)), _flatten(asdict(stored))
+        found: list[str] = []
+        for name in dict.fromkeys([*mine, *theirs]):
+            before, now = theirs.get(name), mine.get(name)
+            if name == _LINKS:
+                found += self._other_links(stored)
+            elif not _matches(name, before, now):
+                found.append(f"{name}: stored {_told(name, before)}, now {_told(name, now)}")
+        return tuple(found)
+
+    def link_of_pairs(self) -> dict[str, str]:
+        """Return the link of each pair of ranks, ``{"0-1": "NV18"}``; by number where the layout is not known."""
+        links = self.hardware["links"]
+        try:
+            names = [f"{a}-{b}" for a, b in parse_layout(self.layout).node_pairs()]
+        except LayoutSyntaxError:
+            names = []
+        if len(names) != len(links):
+            names = [f"link {number}" for number in range(1, len(links) + 1)]
+        return dict(zip(names, links, strict=True))
+
+    def _other_links(self, stored: BaselineKey) -> list[str]:
+        """Name the pairs whose link is another one; of another layout only those that both have."""
+        now, before = self.link_of_pairs(), stored.link_of_pairs()
+        of_both = self.layout == stored.layout
+        pairs = [pair for pair in dict.fromkeys([*before, *now]) if of_both or (pair in before and pair in now)]
+        other = [pair for pair in pairs if before.get(pair) != now.get(pair)]
+        if not other:
+            return []
+        named = other[:_MOST_PAIRS]
+        sides = (", ".join(f"{pair} {links.get(pair, 'none')}" for pair in named) for links in (before, now))
+        more = f", and {len(other) - _MOST_PAIRS} pairs more" if len(other) > _MOST_PAIRS else ""
+        return ["{}: stored {}, now {}{}".format(_LINKS, *sides, more)]
+
+
+def _matches(name: str, stored: object, now: object) -> bool:
+    if name in _MAY_BE_UNKNOWN and stored in (None, ""):
+        return True
+    if name == "hardware.memory_gib" and isinstance(stored, int) and isinstance(now, int):
+        return abs(stored - now) <= 1
+    return stored == now
+
+
+def _told(name: str, value: object) -> str:
+    return "unknown" if value is None or (value == "" and name in _MAY_BE_UNKNOWN) else repr(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +138,11 @@ class BaselineRun:
     requests: int
     metrics: Mapping[str, tuple[float, ...]]
     observed: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> float:
+        """Requests in a batch, the mean of all batches."""
+        return self.requests / max(map(len, self.metrics.values()), default=1)
 
 
 def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
@@ -145,19 +211,20 @@ class Baseline:
         """Return which sessions a measurement is compared with.
 
         :param epoch: of the measurement; ``None`` for that of the newest session.
-        :param today: ISO 8601 date; a waiver that is over by then leaves its level out of the mean.
+        :param today: ISO 8601 date; waivers that are over by then leave their levels out of the mean.
         """
         levels = self.levels()
         start = levels[-1][0].begins
-        current = -1
-        if start is not None and start.is_over(today) and len(levels) > 1:
-            current = -2
+        starts = [level[0].begins for level in levels]
+        current = max(
+            (n for n, begins in enumerate(starts) if begins is None or not begins.is_over(today)), default=0
+        )
         groups = [_by_epoch(level) for level in levels]
         here = groups[current]
         chosen = next((group for group in here if epoch is not None and group[0].epoch == epoch), None)
         chosen = chosen or next(group for group in here if levels[current][-1] in group)
         others = tuple(group for level in groups for group in level if group is not chosen)
-        return Reference(chosen, others, start, is_expired=current == -2)
+        return Reference(chosen, others, start, is_expired=current < len(levels) - 1)
 
 
 def _by_epoch(level: Sequence[BaselineSession]) -> list[tuple[BaselineSession, ...]]:

@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pytest_gpulayout.cli_baseline import declare_baseline, declare_compare
+from pytest_gpulayout.cli_baseline import declare_baseline
 from pytest_gpulayout.cli_common import EXIT_CODES, MISUSE, Outcome
+from pytest_gpulayout.cli_compare import declare_compare
 from pytest_gpulayout.cli_measure import declare_measure
 from pytest_gpulayout.cli_nccl import declare_nccl
 from pytest_gpulayout.cli_topo import declare_topo

@@ -1,212 +1,263 @@
-"""``gpulayout compare`` and ``gpulayout baseline``: judge stored numbers, and look after them."""
+"""``gpulayout baseline``: look after stored baselines. Here the verbs are gathered, and ``list`` and ``show``."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpulayout.cli_common import (
-    FAILED,
-    FINE,
-    MISUSE,
-    UNDECIDED,
-    Outcome,
-    command,
-    typed,
-)
-from pytest_gpulayout.errors import GpuLayoutError
+from pytest_gpulayout.cli_approve import declare_approve
+from pytest_gpulayout.cli_baseline_diff import declare_diff
+from pytest_gpulayout.cli_calibrate import declare_calibrate
+from pytest_gpulayout.cli_common import FINE, MISUSE, Outcome, as_count, command, typed
+from pytest_gpulayout.cli_store import add_dir, add_today, add_tolerance, open_store, read_all, read_baseline
+from pytest_gpulayout.cli_upkeep import declare_check, declare_prune
 
 if TYPE_CHECKING:
-    from pytest_gpulayout.baseline import Baseline
-    from pytest_gpulayout.ports import BaselineStore
-    from pytest_gpulayout.verdict import Verdict
+    from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession
+    from pytest_gpulayout.bimodality import Mode
+    from pytest_gpulayout.standing import MetricStanding, Standing
 
-
-def declare_compare(commands: Any) -> None:
-    """Declare the subcommand."""
-    parser = command(
-        commands,
-        "compare",
-        _compare,
-        "judge measurements of --gpu-results against a baseline; exit code 3 is inconclusive",
-        "gpulayout compare gpu-baselines/Qwen3-8B/tp2/2x-NVIDIA-H200-NV18-d03fc2a1/smoke.json results.json",
-        "gpulayout compare BASELINE.json MEASUREMENT.json --tolerance median_ttft_ms=10% --json",
-    )
-    parser.add_argument("baseline", metavar="BASELINE.json", help="a baseline document")
-    parser.add_argument("measurement", metavar="MEASUREMENT.json", help="results with a measurement of the same key")
-    parser.add_argument(
-        "--tolerance", type=typed(_tolerances), default="", metavar="METRIC=5%,...", help="as --gpu-tolerance"
-    )
-
-
-def _tolerances(text: str) -> object:
-    from pytest_gpulayout.tolerance import parse_tolerances
-
-    return parse_tolerances(text)
-
-
-def _compare(arguments: argparse.Namespace) -> Outcome:
-    from pytest_gpulayout.report import metric_document, verdict_lines
-    from pytest_gpulayout.verdict import Status
-
-    verdict = _judge_files(arguments)
-    document = {
-        "verdict": str(verdict.status),
-        "metrics": [metric_document(metric) for metric in verdict.metrics],
-        "reasons": list(verdict.reasons),
-        "changed": list(verdict.changed),
-        "provisional": verdict.provisional,
-    }
-    code = FINE if verdict.status.passed else UNDECIDED if verdict.status is Status.INCONCLUSIVE else FAILED
-    lines = verdict_lines(verdict, arguments.measurement, "record it again with pytest --gpu-baseline=update")
-    notes = [f"  {reason}" for reason in verdict.reasons if f"{verdict.status}: {reason}" not in lines]
-    return Outcome(code, document, [f"verdict: {verdict.status}", *lines, *notes])
-
-
-def _judge_files(arguments: argparse.Namespace) -> Verdict:
-    """A side that is missing, or is not the document it should be, is a verdict here and not an error."""
-    from pytest_gpulayout.baseline_text import baseline_from_text
-    from pytest_gpulayout.comparing import judge_recorded
-    from pytest_gpulayout.errors import BaselineError, MeasurementError
-    from pytest_gpulayout.results import measurements_from_text
-    from pytest_gpulayout.verdict import Status, Verdict
-
-    place = arguments.baseline
-    baseline_text, results_text = _text(place), _text(arguments.measurement)
-    if baseline_text is None:
-        reason = f"a stored baseline was required, and there is none in {place}"
-        return Verdict(Status.NO_BASELINE, reasons=(reason,), baseline_path=place)
-    if results_text is None:
-        reason = f"results with a measurement were required, and there are none in {arguments.measurement}"
-        return Verdict(Status.INVALID, reasons=(reason,), baseline_path=place)
-    try:
-        baseline = baseline_from_text(baseline_text, place)
-        measurements = measurements_from_text(results_text, arguments.measurement)
-    except (BaselineError, MeasurementError) as error:
-        return Verdict(Status.INVALID, reasons=(str(error),), baseline_path=place)
-    return judge_recorded(measurements, baseline, arguments.tolerance, place=place)
-
-
-def _text(path: str) -> str | None:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise GpuLayoutError(
-            f"a JSON document was required, found bytes that are no UTF-8: {error.reason}\n  in {path}\n"
-            "  name a baseline, or results of --gpu-results"
-        ) from error
+_GATE_STARTS = 3
 
 
 def declare_baseline(commands: Any) -> None:
     """Declare the subcommand and its verbs."""
     parser = commands.add_parser("baseline", help="look after stored baselines")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    listing = command(
+    for declare in (
+        *(_declare_list, _declare_show, declare_diff, declare_check),
+        *(declare_approve, declare_prune, declare_calibrate),
+    ):
+        declare(verbs)
+
+
+# -- list ----------------------------------------------------------------------------------------------------------
+
+
+def _declare_list(verbs: Any) -> None:
+    parser = command(
         verbs,
         "list",
-        _baseline_list,
-        "list the stored baselines",
+        _list,
+        "list the stored baselines: how much is in each, and whether verdicts on it are provisional",
         "gpulayout baseline list --dir s3://bucket/baselines",
     )
-    show = command(
-        verbs,
-        "show",
-        _baseline_show,
-        "show one stored baseline: its key, its sessions and the spread between starts",
-        "gpulayout baseline show Qwen3-8B/tp2/2x-NVIDIA-H200-NV18-d03fc2a1/smoke.json",
-    )
-    show.add_argument("path", metavar="PATH", help="as gpulayout baseline list prints it")
-    for verb in (listing, show):
-        verb.add_argument(
-            "--dir",
-            default="gpu-baselines",
-            metavar="DIR_OR_URL",
-            help="where they are (default: gpu-baselines in the current folder)",
-        )
+    add_dir(parser)
+    add_today(parser)
 
 
-def _baseline_list(arguments: argparse.Namespace) -> Outcome:
-    from pytest_gpulayout.adapters.baseline_files import open_baselines
-    from pytest_gpulayout.errors import BaselineError
+def _list(arguments: argparse.Namespace) -> Outcome:
     from pytest_gpulayout.report import aligned
 
-    store = open_baselines(arguments.dir)
-    entries, faults = [], []
-    for path in store.paths():
-        try:
-            baseline = _read_baseline(store, path)
-        except BaselineError as error:
-            faults.append(str(error))
-            continue
-        entries.append(
-            {
-                "path": path,
-                "sessions": len(baseline.sessions),
-                "starts": sum(len(session.runs) for session in baseline.sessions),
-                "recorded": baseline.sessions[-1].recorded,
-            }
-        )
-    lines = list(aligned([("sessions", "starts", "last recorded", "path"), *map(_entry_row, entries)]))
+    store = open_store(arguments)
+    baselines, faults = read_all(store)
+    entries = [_entry(path, baseline, arguments.today.isoformat()) for path, baseline in baselines.items()]
+    head = ("levels", "sessions", "starts", "newest", "state", "path")
+    lines = list(aligned([head, *(tuple(str(entry[name]) for name in head) for entry in entries)]))
     if not entries and not faults:
         lines = [f"no baseline in {store.root}; record one: pytest --gpu-layout=SPEC --gpu-baseline=new"]
-    return Outcome(MISUSE if faults else FINE, {"root": store.root, "baselines": entries}, lines, faults)
+    document = {"root": store.root, "baselines": entries}
+    return Outcome(MISUSE if faults else FINE, document, lines, list(faults.values()))
 
 
-def _entry_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    return str(entry["sessions"]), str(entry["starts"]), entry["recorded"], entry["path"]
+def _entry(path: str, baseline: Baseline, today: str) -> dict[str, Any]:
+    from pytest_gpulayout.standing import stand
+    from pytest_gpulayout.tolerance import parse_tolerances
+
+    standing = stand(baseline, parse_tolerances(""), today=today, starts=_GATE_STARTS)
+    return {
+        "path": path,
+        "levels": len(baseline.levels()),
+        "sessions": len(baseline.sessions),
+        "starts": sum(len(session.runs) for session in baseline.sessions),
+        "newest": max(session.recorded for session in baseline.sessions),
+        **_state_document(standing),
+    }
 
 
-def _read_baseline(store: BaselineStore, path: str) -> Baseline:
-    from pytest_gpulayout.baseline_text import baseline_from_text
-    from pytest_gpulayout.errors import BaselineNotFound
-
-    text = store.read(path)
-    place = f"{store.root.rstrip('/')}/{path}"
-    if text is None:
-        raise BaselineNotFound(
-            f"a stored baseline was required, and there is none\n  expected in {place}\n"
-            f"  see what there is: gpulayout baseline list --dir {store.root}",
-            path=place,
-        )
-    return baseline_from_text(text, place)
+def _state_document(standing: Standing) -> dict[str, Any]:
+    accepted = standing.reference.accepted
+    return {
+        "state": standing.state,
+        "settled": standing.is_settled,
+        "waiver_until": None if accepted is None or not accepted.until else accepted.until,
+    }
 
 
-def _baseline_show(arguments: argparse.Namespace) -> Outcome:
-    from pytest_gpulayout.adapters.baseline_files import open_baselines
-    from pytest_gpulayout.baseline_text import baseline_to_text
-
-    baseline = _read_baseline(open_baselines(arguments.dir), arguments.path)
-    return Outcome(FINE, json.loads(baseline_to_text(baseline)), list(_baseline_lines(baseline)))
+# -- show ----------------------------------------------------------------------------------------------------------
 
 
-def _baseline_lines(baseline: Baseline) -> Iterator[str]:
-    from pytest_gpulayout.report import aligned
+def _declare_show(verbs: Any) -> None:
+    parser = command(
+        verbs,
+        "show",
+        _show,
+        "show one stored baseline: its key, levels and sessions, and what a gate on it can see",
+        "gpulayout baseline show Qwen3-8B/tp2/2x-NVIDIA-H200-NV18-d03fc2a1/smoke.json",
+        "gpulayout baseline show PATH --starts 5 --tolerance median_ttft_ms=10%",
+    )
+    add_dir(parser)
+    add_tolerance(parser)
+    add_today(parser)
+    parser.add_argument(
+        "--starts",
+        type=typed(as_count),
+        default=_GATE_STARTS,
+        metavar="N",
+        help="server starts that a gate may make, as --gpu-starts (default: %(default)s)",
+    )
+    parser.add_argument("path", metavar="PATH", help="as gpulayout baseline list prints it")
 
-    key = baseline.key
+
+def _show(arguments: argparse.Namespace) -> Outcome:
+    from dataclasses import asdict
+
+    from pytest_gpulayout.judging import NOISE_PRIORS
+    from pytest_gpulayout.siblings import sibling_priors
+    from pytest_gpulayout.standing import stand
+
+    store = open_store(arguments)
+    baseline = read_baseline(store, arguments.path)
+    priors = sibling_priors(store, baseline.key, NOISE_PRIORS[baseline.key.hardware["platform"]])
+    today = arguments.today.isoformat()
+    standing = stand(baseline, arguments.tolerance, today=today, starts=arguments.starts, priors=priors)
+    document = {
+        "path": arguments.path,
+        "key": asdict(baseline.key),
+        **_state_document(standing),
+        "levels": [_level_document(level) for level in baseline.levels()],
+        "gate_starts": arguments.starts,
+        "metrics": [_metric_document(metric, arguments.starts) for metric in standing.metrics],
+    }
+    lines = [
+        *_key_lines(baseline.key),
+        f"state: {standing.state}",
+        *_level_lines(baseline),
+        *_metric_lines(standing, arguments.starts),
+    ]
+    return Outcome(FINE, document, lines)
+
+
+def _level_document(level: tuple[BaselineSession, ...]) -> dict[str, Any]:
+    start = level[0].begins
+    return {
+        "reason": None if start is None else start.reason,
+        "changes": [] if start is None else list(start.changes),
+        "until": start.until or None if start is not None else None,
+        "sessions": [
+            {
+                "recorded": session.recorded,
+                "starts": len(session.runs),
+                "requests": session.runs[0].requests,
+                "epoch": dict(session.epoch),
+                "sut": dict(session.sut),
+                "covariates": dict(session.covariates),
+            }
+            for session in level
+        ],
+    }
+
+
+def _metric_document(metric: MetricStanding, starts: int) -> dict[str, Any]:
+    from pytest_gpulayout.metrics import METRICS
+    from pytest_gpulayout.standing import takes_text
+
+    needed = metric.requirement
+    return {
+        "name": metric.name,
+        "unit": METRICS[metric.name].unit,
+        "mean": metric.mean,
+        "start_sd": metric.start_sd,
+        "session_sd": metric.session_sd,
+        "sessions": metric.sessions,
+        "starts": metric.starts,
+        "settled": metric.is_settled,
+        "modes": [{"share": mode.share, "center": _center(mode)} for mode in metric.modes],
+        "tolerance": metric.tolerance,
+        "min_detectable": metric.min_detectable,
+        "takes": takes_text(metric, starts) or None,
+        "needed_starts": None if needed is None else needed.starts,
+        "needed_sessions": None if needed is None else needed.sessions,
+    }
+
+
+def _center(mode: Mode) -> float:
+    import math
+
+    return math.exp(mode.center)
+
+
+def _key_lines(key: BaselineKey) -> Iterator[str]:
     for title, part in (("model", key.model), ("hardware", key.hardware), ("workload", key.workload)):
         yield f"{title}: " + ", ".join(
             f"{name} {value}" for name, value in part.items() if value not in (None, "", [])
         )
     yield f"layout: {key.layout}, protocol {key.protocol}"
-    for session in baseline.sessions:
-        facts = {**session.epoch, **session.sut, **session.covariates}
-        yield f"session {session.recorded}: {len(session.runs)} starts of {session.runs[0].requests} requests"
-        yield "  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value not in (None, ""))
-    yield from aligned([("metric", "median of starts", "lowest", "highest", "starts"), *_metric_rows(baseline)])
 
 
-def _metric_rows(baseline: Baseline) -> Iterator[tuple[str, ...]]:
+def _level_lines(baseline: Baseline) -> Iterator[str]:
+    before: BaselineSession | None = None
+    for number, level in enumerate(baseline.levels(), 1):
+        start = level[0].begins
+        waiver = f", a waiver until {start.until}" if start is not None and start.until else ""
+        yield f"level {number}{waiver}: {'the first' if start is None else start.reason}"
+        if start is not None:
+            yield from (f"  {change}" for change in start.changes)
+        for session in level:
+            yield from (f"  {line}" for line in _session_lines(session, before))
+            before = session
+
+
+def _session_lines(session: BaselineSession, before: BaselineSession | None) -> Iterator[str]:
+    """A session, and what was there then where that is not as it was before."""
+    from pytest_gpulayout.report import plural
+    from pytest_gpulayout.verdict import changed_fields
+
+    starts, requests = plural(len(session.runs), "start"), plural(session.runs[0].requests, "request")
+    yield f"session {session.recorded}: {starts} of {requests}"
+    if before is None:
+        known = [f"{name} {value}" for name, value in _facts(session).items() if value not in (None, "")]
+        yield from [f"  {', '.join(known)}"] if known else []
+    else:
+        yield from (f"  {change}" for change in changed_fields(_facts(before), _facts(session)))
+
+
+def _facts(session: BaselineSession) -> dict[str, Any]:
+    return {**session.epoch, **session.sut, **session.covariates}
+
+
+def _metric_lines(standing: Standing, starts: int) -> Iterator[str]:
+    from pytest_gpulayout.report import aligned, plural
+
+    sessions = plural(len(standing.reference.sessions), "session")
+    yield f"of {sessions} that a measurement is compared with, for a gate of up to {plural(starts, 'start')}:"
+    head = ("metric", "mean", "between starts", "between sessions", "allowed", "seen from", "takes")
+    yield from aligned([head, *(_metric_row(metric, starts) for metric in standing.metrics)])
+    for metric in standing.metrics:
+        if metric.modes:
+            low, high = metric.modes
+            apart = _center(high) / _center(low) - 1
+            yield (
+                f"bimodal: {metric.name}: {low.share:.0%} and {high.share:.0%} of its {metric.starts} starts are "
+                f"{apart:.1%} apart"
+            )
+    if any(not metric.is_settled for metric in standing.metrics):
+        yield "the spread rests partly on an assumption: there are few sessions of its own"
+
+
+def _metric_row(metric: MetricStanding, starts: int) -> tuple[str, ...]:
     from pytest_gpulayout.metrics import METRICS
     from pytest_gpulayout.report import quantity
-    from pytest_gpulayout.stats import median
+    from pytest_gpulayout.standing import takes_text
+    from pytest_gpulayout.tolerance import percent_text
 
-    names = dict.fromkeys(name for session in baseline.sessions for run in session.runs for name in run.metrics)
-    for name in names:
-        unit = METRICS[name].unit if name in METRICS else ""
-        values = [sample.value for session in baseline.sessions for sample in session.samples(name)]
-        yield name, *(quantity(f(values), unit) for f in (median, min, max)), str(len(values))
+    return (
+        metric.name,
+        quantity(metric.mean, METRICS[metric.name].unit),
+        f"{metric.start_sd:.1%}",
+        f"{metric.session_sd:.1%}",
+        "not gated" if metric.tolerance is None else percent_text(metric.tolerance),
+        "-" if metric.min_detectable is None else f"{metric.min_detectable:.1%}",
+        takes_text(metric, starts) or "-",
+    )

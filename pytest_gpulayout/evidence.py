@@ -1,4 +1,4 @@
-"""Collects what a running server shows about its transports, and has it judged."""
+"""Collects what a running server shows about its transports and its start, and has the transports judged."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from pytest_gpulayout.all_reduce import judge_all_reduce
+from pytest_gpulayout.errors import GpuLayoutError
 from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
 from pytest_gpulayout.transport_cpu import judge_cpu
 from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
 from pytest_gpulayout.vllm_log import VllmLogFacts, parse_vllm_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from pytest_gpulayout.gate import PlacedLayout
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.transport import TransportReport
 
 _CHUNK_BYTES = 1 << 17
+_READY = "Application startup complete."  # of uvicorn; what a request brings into the log comes after it
 
 
 def collect_transport(server: Server, placed: PlacedLayout) -> TransportReport:
@@ -45,6 +47,44 @@ def collect_transport(server: Server, placed: PlacedLayout) -> TransportReport:
     environment = (first.environment if first else None) or {}
     more = judge_all_reduce(facts, layout, placed.topology, placed.placement, server.spec.arguments, environment)
     return replace(report, findings=(*report.findings, *more))
+
+
+def communication(server: Server, placed: PlacedLayout) -> dict[str, str]:
+    """Return what the ranks talk over, to be named where it differs from a baseline's; never raises.
+
+    ``transport``, such as ``P2P/CUMEM``: all that channels use, without their number, since NCCL opens some only when
+    they are needed. ``all_reduce``: vLLM's backends of the tensor-parallel group in the order they are tried. What
+    cannot be told is left out, and so is all of it for a single rank.
+    """
+    if server.spec.layout.ranks == 1:
+        return {}
+    try:
+        report, facts = collect_transport(server, placed), startup_facts(server)
+    except (GpuLayoutError, OSError):
+        return {}  # the transport check tells what is missing; here it is one fact less
+    found = {}
+    if report.transports and report.verdict != "no-evidence":
+        found["transport"] = ", ".join(sorted(report.transports))
+    backends = [", ".join(fact.backends) or "none" for fact in facts.all_reduce if fact.group.startswith("tp")]
+    if backends:
+        found["all_reduce"] = backends[0]
+    return found
+
+
+def startup_facts(server: Server) -> VllmLogFacts:
+    """Return what the server's log says until it is ready; nothing where it cannot be read."""
+    try:
+        with server.log.open(encoding="utf-8", errors="replace") as log:
+            return parse_vllm_log(_until_ready(log), str(server.log))
+    except OSError:
+        return VllmLogFacts()
+
+
+def _until_ready(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if _READY in line:
+            return
 
 
 def _server_facts(server: Server) -> VllmLogFacts:

@@ -6,11 +6,12 @@ Paired mode, without stored numbers, is in :mod:`~pytest_gpulayout.pairing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pytest_gpulayout.approval import add_session
+from pytest_gpulayout.approval import add_session, change_text, is_change
 from pytest_gpulayout.attribution import explain
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, Reference
 from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
@@ -19,16 +20,17 @@ from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotF
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
+from pytest_gpulayout.reasons import left_out_text, waiver_text, why_again, why_open, why_provisional
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.siblings import nearest_key, same_but_links, sibling_priors
 from pytest_gpulayout.stats import SETTLED_DF, NoisePrior, median
-from pytest_gpulayout.tolerance import Tolerance, percent_text
+from pytest_gpulayout.tolerance import Tolerance
 from pytest_gpulayout.verdict import (
-    MOST_STARTS,
     AdvisoryChange,
     Look,
     MetricHistory,
     MetricVerdict,
+    Samples,
     Status,
     Verdict,
     changed_fields,
@@ -43,9 +45,6 @@ NOISE_PRIORS: Mapping[str, NoisePrior] = {
     "cpu": NoisePrior(start_sd=0.06, session_sd=0.04),
 }
 """Spread that is assumed until stored sessions show their own, by platform; docs/statistics.md says why these."""
-
-FEW_SESSIONS = 5
-"""A verdict on fewer stored sessions is provisional, wherever its spread comes from."""
 
 PriorOf = Callable[[str], NoisePrior]
 """What is assumed of the noise of a metric, by its name."""
@@ -92,15 +91,17 @@ def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Ver
     :raises BaselineNotFound: mode ``check`` and nothing is stored; the message names the nearest key and the field
         that differs. :raises BaselineCorrupt: :raises BaselineForeign: what is stored cannot be used.
     """
-    policy = inputs.policy
-    if invalid := invalid_verdict(measurement, _place(inputs.store, measurement.identity.key)):
+    policy, key = inputs.policy, measurement.identity.key
+    if invalid := invalid_verdict(measurement, _place(inputs.store, key)):
         return invalid, measurement
     if policy.mode == "off":
         reasons = ("not judged: --gpu-baseline=off",)
         return Verdict(Status.NO_BASELINE, reasons=reasons, advisory=advisory_changes(measurement, None)), measurement
+    if unfit := _unfit_verdict(measurement, inputs):
+        return unfit, measurement
     if policy.mode == "update":
         return _record(measurement, inputs)
-    baseline = load_baseline(inputs.store, measurement.identity.key)
+    baseline = load_baseline(inputs.store, key)
     if baseline is not None:
         return _judge_in_steps(measurement, baseline, inputs)
     if policy.mode == "check" or not policy.may_write:
@@ -123,7 +124,8 @@ def _own_baseline(text: str, store: BaselineStore, key: BaselineKey) -> Baseline
         raise BaselineForeign(
             "a baseline of this model, layout, hardware and workload was required, the stored one is of another:\n"
             + "".join(f"  {difference}\n" for difference in differences)
-            + f"  in {_place(store, key)}\n  record it for what runs now: --gpu-baseline=update",
+            + f"  in {_place(store, key)}\n"
+            "  replace it by what runs now: --gpu-baseline=update; or keep both: --gpu-baseline-dir=ANOTHER",
             path=_place(store, key),
         )
     return baseline
@@ -131,39 +133,75 @@ def _own_baseline(text: str, store: BaselineStore, key: BaselineKey) -> Baseline
 
 def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     policy, place = inputs.policy, _place(inputs.store, baseline.key)
-    few = len(baseline.sessions) <= SETTLED_DF
-    priors = sibling_priors(inputs.store, baseline.key, policy.prior) if few else None
+    priors = sibling_priors(inputs.store, baseline.key, policy.prior)
     today = inputs.now_utc()[:10]
     while True:
         number = len(measurement.runs)
-        last = number >= policy.starts or over_budget(len(measurement.runs), inputs)
+        last = number >= policy.starts or over_budget(number, inputs)
         look = Look(policy.starts if last else number, policy.starts)
         verdict = judge_once(measurement, baseline, policy, look, priors=priors, today=today, place=place)
         if last or verdict.status is not Status.INCONCLUSIVE:
             return verdict, measurement
-        inputs.say(_why_again(verdict, number, policy.starts))
+        inputs.say(why_again(verdict.metrics, number, policy.starts))
         measurement = inputs.measure_again(measurement)
-        if invalid := invalid_verdict(measurement, place):
-            return invalid, measurement
-
-
-def _why_again(verdict: Verdict, number: int, most: int) -> str:
-    """``start 1 of 3 does not decide median_tpot_ms (+2.1%, between -3.0% and +7.4%): one more``."""
-    open_ones = [m for m in verdict.metrics if m.status is Status.INCONCLUSIVE]
-    told = ", ".join(f"{m.name} ({m.change:+.1%}, between {m.ci[0]:+.1%} and {m.ci[1]:+.1%})" for m in open_ones)
-    return f"start {number} of at most {most} does not decide {told or 'all metrics'}: one more"
+        if unfit := _unfit_verdict(measurement, inputs):
+            return unfit, measurement
 
 
 def invalid_verdict(measurement: Measurement, place: str) -> Verdict | None:
     """The verdict on numbers that are not sound, ``None`` for those that are."""
-    problems = measurement.problems()
+    problems = (*measurement.problems(), *_not_as_asked(measurement))
     return Verdict(Status.INVALID, reasons=problems, baseline_path=place) if problems else None
+
+
+def _not_as_asked(measurement: Measurement) -> Iterator[str]:
+    """A driver that sends less than it was asked to measures another load under the same name."""
+    workload = measurement.workload
+    for number, run in enumerate(measurement.runs, 1):
+        sent = [len(batch.requests) for batch in run.batches]
+        if sent != [workload.requests] * workload.batches:
+            yield (
+                f"too-few-samples: {workload.batches} batches of {workload.requests} requests were asked for, "
+                f"found {len(sent)} of {', '.join(map(str, sorted(set(sent))))} (server start {number}); "
+                "let the load driver send all of them, or describe another workload"
+            )
+
+
+def _unfit_verdict(measurement: Measurement, inputs: GateInputs) -> Verdict | None:
+    """The verdict on numbers that must be neither judged nor stored, ``None`` for others."""
+    place = _place(inputs.store, measurement.identity.key)
+    if invalid := invalid_verdict(measurement, place):
+        return invalid
+    unfit = unjudgeable(measurement, inputs.policy.tolerances)
+    return Verdict(Status.INVALID, reasons=unfit, baseline_path=place) if unfit else None
 
 
 def over_budget(starts: int, inputs: GateInputs) -> bool:
     """Whether one more start, as long as those so far, would end after the budget."""
     budget, elapsed = inputs.policy.budget_s, inputs.elapsed_s()
     return budget is not None and elapsed + elapsed / starts > budget
+
+
+def unjudgeable(measurement: Judgeable, tolerances: Mapping[str, Tolerance]) -> tuple[str, ...]:
+    """Say why numbers that may be sound cannot be held against these tolerances; empty when they can.
+
+    What is gated and was not measured makes the whole measurement unfit: else a gate on a name that nobody measures
+    would never fail.
+    """
+    if not tolerances:
+        return ("a gated metric was required, found none; name one: --gpu-tolerance=median_tpot_ms=5%",)
+    starts = len(measurement.batch_sizes())
+    found = {name: len(measurement.samples(name)) for name in tolerances}
+    missing = [
+        f"{name} is gated, and {plural(starts - count, 'start')} of {starts} did not measure it; leave out what this "
+        "workload cannot have (answers of one token have no TPOT) in the fixture gpu_tolerances"
+        for name, count in found.items()
+        if count < max(starts, 1)
+    ]
+    sizes = sorted(set(measurement.batch_sizes()))
+    if len(sizes) > 1:
+        missing.append(f"the starts sent batches of different sizes: {', '.join(f'{size:g}' for size in sizes)}")
+    return tuple(missing)
 
 
 def judge_once(
@@ -178,134 +216,214 @@ def judge_once(
 ) -> Verdict:
     """Judge what there is now, without starting anything.
 
-    :param priors: what is assumed of the noise, where not ``policy.prior``.
+    :param priors: what is assumed of the noise, where the stored sessions are too few to tell.
     :param today: ISO 8601 date, for waivers. :param place: where the baseline is, for the report.
+    :returns: ``invalid`` where a gated metric was not measured, ``no-baseline`` where one is not stored.
     """
-    reference = baseline.reference(measurement.identity.epoch, today=today)
-    histories: list[MetricHistory] = []
-    missing = [] if policy.tolerances else ["no metric is gated: name one, --gpu-tolerance=median_tpot_ms=5%"]
-    for name, tolerance in policy.tolerances.items():
-        current, level = measurement.samples(name), reference.level_samples(name)
-        if not current or not level:
-            missing.append(f"{name} has no value {'now' if not current else 'in the baseline'}: it cannot be judged")
-            continue
-        prior = policy.prior if priors is None else priors(name)
-        histories.append(MetricHistory(tolerance, current, level, prior, reference.other_samples(name)))
+    if unfit := unjudgeable(measurement, policy.tolerances):
+        return Verdict(Status.INVALID, reasons=unfit, baseline_path=place)
+    epoch, sizes = measurement.identity.epoch, measurement.batch_sizes()
+    whole = baseline.reference(epoch, today=today)
+    reference, left_out = of_batch_size(whole, sizes)
+    histories = _histories(measurement, reference, policy, priors)
     metrics = judge_metrics(histories, look) if histories else ()
-    status = overall_status(metrics)
-    if missing and status is not Status.REGRESSION:
-        status = Status.INCONCLUSIVE
-    changed = what_changed(reference.newest, measurement.identity)
+    missing = _not_stored(policy, histories)
+    before, _ = of_batch_size(baseline.reference(epoch, today=_NO_WAIVER), sizes)
+    waiver = _of_waiver(whole, measurement, before, policy, look, priors)
+    told = (*missing, left_out_text(left_out, sizes), *waiver, *why_open(metrics, policy.starts))
+    changed = what_changed(whole.newest, measurement.identity)
     return Verdict(
-        status,
-        reasons=(*missing, *_of_waiver(reference), *_explain(metrics, policy)),
+        _overall(metrics, missing),
+        reasons=tuple(filter(None, told)),
         metrics=metrics,
         advisory=advisory_changes(measurement, reference, gated=policy.tolerances),
         changed=changed,
         cause=explain(metrics, reference, measurement, changed),
-        drift=describe_drift(reference.newest.topology, measurement.identity.topology),
-        provisional=_why_provisional(reference, histories, metrics),
+        drift=describe_drift(whole.newest.topology, measurement.identity.topology),
+        provisional=why_provisional(whole, epoch, metrics, [history.prior.source for history in histories]),
         baseline_path=place,
     )
 
 
-def _of_waiver(reference: Reference) -> list[str]:
-    accepted = reference.accepted
-    if accepted is None or not accepted.until:
-        return []
-    if reference.is_expired:
-        return [f"a waiver ended on {accepted.until} ({accepted.reason}): judged against the level before it"]
-    return [f"a waiver until {accepted.until} is in force: {accepted.reason}"]
+def _overall(metrics: Sequence[MetricVerdict], missing: Sequence[str]) -> Status:
+    """A regression is one whatever else is missing; what is missing is never a pass."""
+    status = overall_status(metrics)
+    return Status.NO_BASELINE if missing and status is not Status.REGRESSION else status
 
 
-def _why_provisional(reference: Reference, histories: list[MetricHistory], metrics: tuple[MetricVerdict, ...]) -> str:
-    """Why a verdict rests on less than it should, ``""`` where it does not."""
-    count = len(reference.sessions)
-    unsettled = [h.prior.source for h, m in zip(histories, metrics, strict=True) if not m.is_settled]
-    if unsettled:
-        sources = ", ".join(dict.fromkeys(unsettled))
-        return f"{plural(count, 'stored session')}; the spread rests partly on {sources}"
-    return f"{plural(count, 'stored session')} of this level and epoch" if count < FEW_SESSIONS else ""
+def of_batch_size(reference: Reference, sizes: Sequence[float]) -> tuple[Reference, tuple[BaselineSession, ...]]:
+    """Leave out the sessions whose starts sent other numbers of requests in a batch: medians of few scatter more.
+
+    The key's fingerprint holds the number, so only files that somebody edited have such sessions.
+
+    :returns: the rest, which may be without a session, and what was left out of those with the mean.
+    """
+    wanted = set(sizes)
+    sessions, *others = (
+        tuple(one for one in group if _sizes(one) <= wanted) for group in (reference.sessions, *reference.others)
+    )
+    left_out = tuple(one for one in reference.sessions if not _sizes(one) <= wanted)
+    return replace(reference, sessions=sessions, others=tuple(filter(None, others))), left_out
 
 
-def _explain(metrics: tuple[MetricVerdict, ...], policy: GatePolicy) -> list[str]:
-    """Say for each metric that is not decided what was seen and what it would take."""
+def _sizes(session: BaselineSession) -> set[float]:
+    return {run.batch_size for run in session.runs}
+
+
+def _histories(
+    measurement: Judgeable, reference: Reference, policy: GatePolicy, priors: PriorOf | None
+) -> list[MetricHistory]:
+    """What there is of each gated metric that is stored."""
+    histories = []
+    for name, tolerance in policy.tolerances.items():
+        level, others = reference.level_samples(name), reference.other_samples(name)
+        if level:
+            prior = priors(name) if priors is not None and _are_few((level, *others)) else policy.prior
+            histories.append(MetricHistory(tolerance, measurement.samples(name), level, prior, others))
+    return histories
+
+
+def _are_few(groups: Sequence[Samples]) -> bool:
+    """Whether they show too little of the noise to do without an assumption."""
+    of_sessions = sum(len(group) - 1 for group in groups)
+    of_starts = sum(len(session) - 1 for group in groups for session in group)
+    return min(of_sessions, of_starts) < SETTLED_DF
+
+
+def _not_stored(policy: GatePolicy, histories: Sequence[MetricHistory]) -> list[str]:
+    stored = {history.tolerance.metric for history in histories}
     return [
-        f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
-        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with "
-        f"{plural(metric.n_current, 'start')} now and {plural(metric.n_sessions, 'stored session')}: "
-        f"{what_it_takes(metric, policy.starts)}"
-        for metric in metrics
-        if metric.status is Status.INCONCLUSIVE
+        f"{name} is gated, and no stored session that can be compared has it; record it: --gpu-baseline=update"
+        for name in policy.tolerances
+        if name not in stored
     ]
 
 
-def what_it_takes(metric: MetricVerdict, starts: int) -> str:
-    """What to do for a verdict on a metric. :param starts: that the gate may make now."""
-    needed = metric.requirement
-    accept = f"--gpu-tolerance={metric.name}={percent_text(metric.min_detectable)}"
-    if needed is None:
-        return accept
-    if needed.starts is not None and needed.starts > starts:
-        return f"allow more starts (--gpu-starts={needed.starts}), or accept a larger tolerance ({accept})"
-    if needed.starts is not None:
-        return f"it lies near the limit; more starts narrow it (--gpu-starts={min(starts + 2, MOST_STARTS)})"
-    if needed.sessions is not None:
-        return (
-            f"store {needed.sessions} sessions (gpulayout baseline approve RESULTS.json) and allow {MOST_STARTS} "
-            f"starts, or accept a larger tolerance ({accept})"
+_NO_WAIVER = "9999-12-31"  # a day on which each of them is over
+
+
+def _of_waiver(
+    reference: Reference,
+    measurement: Judgeable,
+    before: Reference,
+    policy: GatePolicy,
+    look: Look,
+    priors: PriorOf | None,
+) -> list[str]:
+    """That a waiver is in force, or over, or no longer needed.
+
+    :param before: what counts when it is over; numbers as good as those need no waiver.
+    """
+    told, accepted = [waiver_text(reference)], reference.accepted
+    if accepted is None or not accepted.until or reference.is_expired or not before.is_expired:
+        return told
+    histories = _histories(measurement, before, policy, priors)
+    if not _not_stored(policy, histories) and overall_status(judge_metrics(histories, look)).passed:
+        told.append(
+            f"the waiver until {accepted.until} is no longer needed: these numbers are as good as before it; "
+            "end it: --gpu-baseline=update"
         )
-    return (
-        f"this machine's noise hides changes below {percent_text(round(needed.smallest, 3))} whatever is measured: "
-        f"accept a larger tolerance ({accept}), or compare in pairs (--gpu-base)"
-    )
+    return told
 
 
 def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     """Measure on as many fresh starts as the policy has, and store them as one more session."""
     key = measurement.identity.key
     place = _place(inputs.store, key)
+    if not inputs.policy.may_write:
+        raise _not_allowed(place)
+    with suppress(BaselineForeign) if inputs.policy.mode == "update" else nullcontext():
+        load_baseline(inputs.store, key)  # a file that cannot be used is told before more is measured
     while len(measurement.runs) < inputs.policy.starts and not over_budget(len(measurement.runs), inputs):
         measurement = inputs.measure_again(measurement)
-        if invalid := invalid_verdict(measurement, place):
-            return invalid, measurement
+        if unfit := _unfit_verdict(measurement, inputs):
+            return unfit, measurement
+    if inputs.policy.mode == "update":
+        return _append(measurement, inputs), measurement
     drift = _drift_from_sibling(inputs.store, measurement.identity)
+    fresh = baseline_to_text(Baseline(key, (measurement.as_session(inputs.now_utc()),)))
+    found: str | None = None
+
+    def add(text: str | None) -> str:
+        nonlocal found
+        found = text
+        return fresh if text is None else text
+
+    inputs.store.update(key.path, add)
+    if found is not None:  # somebody else has recorded it in the meantime
+        return _judge_in_steps(measurement, _own_baseline(found, inputs.store, key), inputs)
+    return Verdict(
+        Status.NO_BASELINE,
+        reasons=_recorded(measurement, place),
+        advisory=advisory_changes(measurement, None),
+        drift=drift,
+        stored="recorded",
+        baseline_path=place,
+    ), measurement
+
+
+def _append(measurement: Measurement, inputs: GateInputs) -> Verdict:
+    """Store one more session; where it is better or worse than what is stored, it begins a new level.
+
+    A file of another key is replaced: it is of what this name of a model, workload or machine stood for before.
+    """
+    store, key = inputs.store, measurement.identity.key
+    place = _place(store, key)
     session = measurement.as_session(inputs.now_utc())
-    found: list[Verdict] = []
+    today = session.recorded[:10]
+    priors = sibling_priors(store, key, inputs.policy.prior)
+    sibling_drift = _drift_from_sibling(store, measurement.identity)
+    compared = Verdict(Status.NO_BASELINE)
+    notes: tuple[str, ...] = ()
 
     def add(text: str | None) -> str:
         """Append to what is there now; a second writer may have come first, and the store then asks again."""
-        found.clear()
-        stored = None if text is None else _readable(text, inputs, key)
+        nonlocal compared, notes
+        compared, notes = Verdict(Status.NO_BASELINE, advisory=advisory_changes(measurement, None)), ()
+        try:
+            stored = None if text is None else _own_baseline(text, store, key)
+        except BaselineForeign as error:
+            stored, notes = None, (f"replaced the baseline of another key; {_difference_of(error)}",)
         if stored is None:
             return baseline_to_text(Baseline(key, (session,)))
-        verdict = judge_once(measurement, stored, inputs.policy, Look(1, 1), today=session.recorded[:10], place=place)
-        found.append(verdict)
-        return baseline_to_text(add_session(stored, session, verdict, reason="--gpu-baseline=update"))
+        compared = judge_once(measurement, stored, inputs.policy, Look(1, 1), priors=priors, today=today, place=place)
+        notes = _what_moved(compared)
+        return baseline_to_text(add_session(stored, session, compared, reason="--gpu-baseline=update"))
 
-    existed = inputs.store.update(key.path, add)
-    starts = plural(len(measurement.runs), "server start")
-    reasons = (f"recorded from {starts} in {place}", "nothing was judged: run again to check against it")
-    compared = found[0] if found else Verdict(Status.NO_BASELINE, advisory=advisory_changes(measurement, None))
-    verdict = replace(
+    existed = store.update(key.path, add)
+    return replace(
         compared,
         status=Status.NO_BASELINE,
-        reasons=reasons,
-        drift=drift,
+        reasons=(*_recorded(measurement, place), *notes),
+        drift=compared.drift or sibling_drift,
         stored="updated" if existed else "recorded",
         baseline_path=place,
     )
-    return verdict, measurement
 
 
-def _readable(text: str, inputs: GateInputs, key: BaselineKey) -> Baseline | None:
-    """What is stored, ``None`` where ``update`` replaces it because nobody could use it."""
-    try:
-        return _own_baseline(text, inputs.store, key)
-    except BaselineError:
-        if inputs.policy.mode == "update":
-            return None
-        raise
+def _difference_of(error: BaselineForeign) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if ": stored " in line)
+
+
+def _recorded(measurement: Measurement, place: str) -> tuple[str, ...]:
+    starts = plural(len(measurement.runs), "server start")
+    return f"recorded from {starts} in {place}", "nothing was judged: run again to check against it"
+
+
+def _what_moved(verdict: Verdict) -> tuple[str, ...]:
+    """What is accepted by storing a session, in the words that the file keeps."""
+    changes = [change_text(metric) for metric in verdict.metrics if is_change(metric)]
+    if not changes:
+        return ("nothing got clearly better or worse: one more session beside those stored",)
+    return tuple(f"a new level begins here: {change}" for change in changes)
+
+
+def _not_allowed(place: str) -> BaselineError:
+    return BaselineError(
+        "a place where baselines may be written was required, and in CI nothing is written\n"
+        f"  in {place}\n  record it elsewhere and commit it, or add --gpu-write-in-ci=yes",
+        path=place,
+    )
 
 
 def _not_found(inputs: GateInputs, identity: Identity) -> BaselineNotFound:
@@ -317,10 +435,9 @@ def _not_found(inputs: GateInputs, identity: Identity) -> BaselineNotFound:
         path, differences = nearest
         lines.append(f"  nearest is {path}, which differs in")
         lines += [f"    {difference}" for difference in differences]
-    if inputs.policy.mode == "new":
-        lines.append("  nothing is recorded in CI: record it elsewhere and commit it, or add --gpu-write-in-ci=yes")
-    else:
-        lines.append("  record it: run the same command with --gpu-baseline=new")
+    record = "  record it: run the same command with --gpu-baseline=new"
+    ci = ", and not in CI, where nothing is written (or add --gpu-write-in-ci=yes); commit the file"
+    lines.append(record if inputs.policy.may_write else record + ci)
     return BaselineNotFound("\n".join(lines), path=_place(store, key))
 
 

@@ -38,6 +38,12 @@ class Judgeable(Protocol):
     def samples(self, metric: str) -> tuple[MetricSample, ...]:
         """Return (n_starts,) samples of one metric, empty when it was not measured."""
 
+    def batch_sizes(self) -> tuple[float, ...]:
+        """Return (n_starts,) numbers of requests in a batch."""
+
+    def observed(self) -> tuple[Mapping[str, float], ...]:
+        """Return (n_starts,) of what else was seen, by the names of :data:`~pytest_gpulayout.observed.OBSERVED`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -45,21 +51,33 @@ class Measurement:
 
     :param runs: (n_starts,), one per fresh server start, oldest first.
     :param disturbances: what was wrong beside a run and does not show in its trace, by its position.
+    :param sightings: what else was seen of a start, by its position; see :meth:`observed`.
     """
 
     identity: Identity
     workload: Workload
     runs: tuple[RunTrace, ...]
     disturbances: Mapping[int, tuple[Problem, ...]] = field(default_factory=dict)
+    sightings: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     # Metrics take 0.1 s for a million gaps and are asked for one by one; a run never changes, so its are computed
     # once. By position: a trace is too large to be hashed.
     _computed: dict[int, list[dict[str, float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _found: dict[int, tuple[Problem, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def with_run(self, run: RunTrace, disturbances: tuple[Problem, ...] = ()) -> Measurement:
-        """Return this measurement with one more server start, and what was wrong beside it."""
-        disturbed = {**self.disturbances, len(self.runs): disturbances}
-        longer = replace(self, runs=(*self.runs, run), disturbances=disturbed)
+    def with_run(
+        self, run: RunTrace, disturbances: tuple[Problem, ...] = (), observed: Mapping[str, float] | None = None
+    ) -> Measurement:
+        """Return this measurement with one more server start.
+
+        :param disturbances: what was wrong beside it. :param observed: what else was seen of it.
+        """
+        number = len(self.runs)
+        longer = replace(
+            self,
+            runs=(*self.runs, run),
+            disturbances={**self.disturbances, number: disturbances},
+            sightings={**self.sightings, number: observed or {}},
+        )
         longer._computed.update(self._computed)
         longer._found.update(self._found)
         return longer
@@ -79,6 +97,14 @@ class Measurement:
         batches = ([batch[metric] for batch in run if metric in batch] for run in self.batch_metrics())
         return tuple(MetricSample(tuple(values)) for values in batches if values)
 
+    def observed(self) -> tuple[Mapping[str, float], ...]:
+        """Return (n_starts,) of what else was seen, by the names of :data:`~pytest_gpulayout.observed.OBSERVED`."""
+        return tuple(self.sightings.get(position, {}) for position in range(len(self.runs)))
+
+    def batch_sizes(self) -> tuple[float, ...]:
+        """Return (n_starts,) numbers of requests in a batch, the mean of the start's batches."""
+        return tuple(len(run.requests) / len(run.batches) for run in self.runs)
+
     def problems_of(self, position: int) -> tuple[Problem, ...]:
         """Return all that is wrong with one server start. :param position: from 0."""
         if position not in self._found:
@@ -96,10 +122,10 @@ class Measurement:
     def as_session(self, recorded: str) -> BaselineSession:
         """Return what a baseline stores of this. :param recorded: UTC, ISO 8601."""
         runs = []
-        for run, batches in zip(self.runs, self.batch_metrics(), strict=True):
+        for run, batches, observed in zip(self.runs, self.batch_metrics(), self.observed(), strict=True):
             metrics = fold_batches(batches)
             rounded = {name: tuple(map(_rounded, values)) for name, values in metrics.items()}
-            runs.append(BaselineRun(len(run.requests), rounded))
+            runs.append(BaselineRun(len(run.requests), rounded, dict(observed)))
         identity = self.identity
         return BaselineSession(
             recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology

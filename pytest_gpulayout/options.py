@@ -80,8 +80,32 @@ OPTIONS = (
     Option(
         "baseline-dir", "DIR_OR_URL", "where baselines are (default: gpu-baselines in the rootdir)", "gpu-baselines"
     ),
+    Option(
+        "write-in-ci",
+        "no|yes",
+        "whether baselines may be written where the environment variable CI is set (default: no)",
+        "no",
+        ("no", "yes"),
+    ),
     Option("tolerance", "METRIC=5%,...", "how much worse a metric may get; a metric named here becomes gated"),
-    Option("starts", "N", "most fresh server starts per performance gate (default: 3)", "3"),
+    Option(
+        "base",
+        "PYTHON_OR_VENV_OR_URL",
+        "judge against another vLLM instead of a stored baseline: fresh servers of both in turn on the same GPUs, "
+        "until the verdict is clear; a Python, a folder of a virtual environment, or a URL",
+    ),
+    Option(
+        "base-vllm-args",
+        "ARGS",
+        "arguments of the base's server in place of those of --gpu-vllm-args; without --gpu-base the base is this "
+        "Python, and arguments are compared",
+    ),
+    Option(
+        "starts",
+        "N",
+        "most fresh server starts per performance gate, with --gpu-base most starts of each side "
+        "(default: 3, with --gpu-base 8)",
+    ),
     Option("budget", "SECONDS", "most seconds of measuring per performance gate (default: no limit)"),
     Option(
         "inconclusive",

@@ -214,7 +214,10 @@ class BaselineStore(Protocol):
     root: str
 
     def read(self, path: str) -> str | None:
-        """Return the text stored under ``path``, ``None`` when there is none."""
+        """Return the text stored under ``path``, ``None`` when there is none.
+
+        :raises pytest_gpulayout.errors.BaselineError: it is there, and cannot be read.
+        """
 
     def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
         """Replace what is stored by what ``change`` makes of it; no other writer comes between.
@@ -222,9 +225,15 @@ class BaselineStore(Protocol):
         A reader sees the old text or the new one, never a part.
 
         :param change: takes the text now, ``None`` when there is none, and returns the new one, ``None`` to remove
-            it. May be called again when another writer was faster; what it raises leaves all as it was.
+            it. May be called again when another writer was faster, and must not change the store itself; what it
+            raises leaves all as it was.
         :returns: whether something was stored before.
+        :raises pytest_gpulayout.errors.BaselineError: it cannot be read or written; nothing was changed, unless the
+            message says otherwise.
         """
 
     def paths(self) -> Sequence[str]:
-        """Return all stored paths, sorted."""
+        """Return all stored paths, sorted.
+
+        :raises pytest_gpulayout.errors.BaselineError: they cannot be listed.
+        """

@@ -128,18 +128,22 @@ def finding_lines(finding: Finding) -> list[str]:
 
 
 def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str]:
-    """Say what a performance gate found, worst metric first.
+    """Say what a performance gate found: what moved and what moved with it, then the metrics, the worst first.
 
     :param where: layout, devices and model in one line. :param update_command: what accepts the change.
     """
     order = (Status.REGRESSION, Status.INCONCLUSIVE, Status.IMPROVEMENT, Status.PASS)
     lines = [line for status in order for m in verdict.metrics if m.status is status for line in metric_lines(m)]
+    moved = Status.IMPROVEMENT if verdict.status is not Status.REGRESSION else verdict.status
+    lines = [f"{moved}: {sentence}" for sentence in verdict.cause[:1]] + lines
     if verdict.status in (Status.INVALID, Status.NO_BASELINE, Status.INCONCLUSIVE):
         lines = [f"{verdict.status}: {reason}" for reason in verdict.reasons] + lines
-    lines = [*verdict.cause[:1], *lines, *verdict.cause[1:]]
+    else:
+        undecided = tuple(f"{metric.name}: " for metric in verdict.metrics)  # their lines above say it
+        lines += [f"  {reason}" for reason in verdict.reasons if not reason.startswith(undecided)]
     if verdict.drift:
         lines.insert(0, verdict.drift)
-    lines += [f"  changed since the baseline: {change}" for change in verdict.changed]
+    lines += [f"  {row}" for row in cause_rows(verdict.cause, verdict.changed)]
     if verdict.provisional:
         lines.append(f"  provisional: {verdict.provisional}")
     lines += [f"  {part}" for part in (where, verdict.baseline_path) if part]
@@ -148,6 +152,11 @@ def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str
     elif verdict.metrics:
         lines.append(f"  accept it: {update_command}")
     return lines
+
+
+def cause_rows(cause: Sequence[str], changed: Sequence[str]) -> list[str]:
+    """The table behind the sentence, which names each change; without one, the changes alone."""
+    return list(cause[1:]) if cause else [f"changed since the baseline: {change}" for change in changed]
 
 
 def metric_lines(metric: MetricVerdict) -> list[str]:
@@ -246,8 +255,13 @@ def transport_record(layout: object, report: TransportReport, violations: Sequen
     }
 
 
-def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
-    """What was measured, and what was found; ``runs`` are vLLM's own result documents, one per server start."""
+def performance_record(
+    verdict: Verdict, measurement: Measurement, base: tuple[str, Measurement] | None = None
+) -> Record:
+    """What was measured, and what was found; ``runs`` are vLLM's own result documents, one per server start.
+
+    :param base: name and measurement of the base in paired mode.
+    """
     identity = measurement.identity
     return {
         "kind": "performance",
@@ -257,6 +271,7 @@ def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
         "stored": verdict.stored,
         "reasons": list(verdict.reasons),
         "changed": list(verdict.changed),
+        "cause": list(verdict.cause),
         "drift": verdict.drift,
         "provisional": verdict.provisional,
         "metrics": [metric_document(metric) for metric in verdict.metrics],
@@ -264,13 +279,20 @@ def performance_record(verdict: Verdict, measurement: Measurement) -> Record:
         "baseline": verdict.baseline_path,
         "identity": asdict(identity),
         "runs": [_run_document(measurement, position) for position in range(len(measurement.runs))],
+        "base": None if base is None else _base_document(*base),
     }
+
+
+def _base_document(name: str, base: Measurement) -> Record:
+    runs = [_run_document(base, position) for position in range(len(base.runs))]
+    return {"name": name, "identity": asdict(base.identity), "runs": runs}
 
 
 def _run_document(measurement: Measurement, position: int) -> Record:
     name = measurement.identity.key.model["name"]
     document = vllm_result(measurement.runs[position], measurement.workload, model=name)
     document["gpulayout"]["problems"] = problem_documents(measurement.problems_of(position))
+    document["gpulayout"]["observed"] = dict(measurement.observed()[position])
     return document
 
 
@@ -362,17 +384,21 @@ def _flag(record: Record) -> str:
 
 def _performance_table(test: str, record: Record) -> list[str]:
     title = f"  {record['workload']['name']}: {record['stored'] or record['verdict']}, "
-    title += f"{plural(len(record['runs']), 'server start')}  [{test}]"
+    title += plural(len(record["runs"]), "server start")
+    if base := record.get("base"):
+        title += f" against {len(base['runs'])} of base {base['name']}"
+    title += f"  [{test}]"
     rows = [("metric", "value", "baseline", "change", "verdict")]
     rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = [title, *([f"    {record['drift']}"] if record.get("drift") else [])]
-    lines += [f"    {seen}" for seen in _seen_in_last(record["runs"])]
+    cause = record.get("cause", [])
+    first = [*([record["drift"]] if record.get("drift") else []), *cause[:1], *_seen_in_last(record["runs"])]
+    lines = [title, *(f"    {line}" for line in first)]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
         lines.append("    " + "  ".join([*cells, row[4]]).rstrip())
     if record["metrics"]:
-        lines += [f"    changed since the baseline: {change}" for change in record["changed"]]
+        lines += [f"    {row}" for row in cause_rows(cause, record["changed"])]
     lines += [f"    {reason}" for reason in record["reasons"]]
     return lines
 

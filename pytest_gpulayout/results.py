@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, fold_batches, is_measurement
+from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches, is_measurement
+from pytest_gpulayout.baseline_text import complete_key
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.measurement import Identity
 from pytest_gpulayout.schemas import read_document
@@ -19,16 +20,43 @@ class RecordedMeasurement:
 
     :param test: node id of the test that measured. :param runs: (n_starts,), oldest first; empty with problems.
     :param problems: why these numbers must not be judged; empty when they are sound.
+    :param created: when the results were written, UTC, ISO 8601.
+    :param recorded_topology: the file that its topology was read from, ``""`` where the devices were probed.
     """
 
     test: str
     identity: Identity
     runs: tuple[BaselineRun, ...]
     problems: tuple[str, ...]
+    created: str = ""
+    recorded_topology: str = ""
 
     def samples(self, metric: str) -> tuple[MetricSample, ...]:
         """Return (n_starts,) samples of one metric; starts that do not have it are left out."""
         return tuple(MetricSample(run.metrics[metric]) for run in self.runs if metric in run.metrics)
+
+    def batch_sizes(self) -> tuple[float, ...]:
+        """Return (n_starts,) numbers of requests in a batch."""
+        return tuple(run.batch_size for run in self.runs)
+
+    def observed(self) -> tuple[Mapping[str, float], ...]:
+        """Return (n_starts,) of what else was seen, by the names of :data:`~pytest_gpulayout.observed.OBSERVED`."""
+        return tuple(run.observed for run in self.runs)
+
+    def as_session(self) -> BaselineSession:
+        """Return what a baseline stores of this, as :meth:`Measurement.as_session` would have."""
+        runs = (
+            replace(run, metrics={name: tuple(map(_rounded, values)) for name, values in run.metrics.items()})
+            for run in self.runs
+        )
+        identity = self.identity
+        return BaselineSession(
+            self.created, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology
+        )
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.8g}")  # as a measurement is stored: a session is recognised by its numbers
 
 
 def measurements_from_text(text: str, path: str) -> tuple[RecordedMeasurement, ...]:
@@ -37,13 +65,34 @@ def measurements_from_text(text: str, path: str) -> tuple[RecordedMeasurement, .
     :param path: where it came from, for messages.
     :raises MeasurementError: not JSON, or not the document of the schema.
     """
-    document, faults = read_document(text, "results")
+    document, faults = read_document(text, "results", migrate=_complete_keys)
     if faults:
         raise MeasurementError(
             f"a results file was required, and this file is none: {'; '.join(faults[:3])}\n  in {path}\n"
             "  write one: pytest --gpu-layout=SPEC --gpu-results=FILE.json"
         )
-    return tuple(_measurement(record) for record in document["records"] if record["kind"] == "performance")
+    records = document["records"]
+    topologies = [item for item in records if item["kind"] == "topology" and item["recorded"]]
+    read_from = {item["layout"]: item["source"] for item in topologies}
+    return tuple(
+        replace(
+            _measurement(record),
+            created=document["created"],
+            recorded_topology=read_from.get(record["layout"], ""),
+        )
+        for record in records
+        if record["kind"] == "performance"
+    )
+
+
+def _complete_keys(document: Any) -> Any:
+    """Let the keys of the first versions be as they are now; anything else is returned as it is."""
+    records = document.get("records") if isinstance(document, dict) else None
+    for record in records if isinstance(records, list) else ():
+        identity = record.get("identity") if isinstance(record, dict) else None
+        if isinstance(identity, dict):
+            identity["key"] = complete_key(identity.get("key"), identity.get("topology"))
+    return document
 
 
 def _measurement(record: Mapping[str, Any]) -> RecordedMeasurement:
@@ -77,4 +126,6 @@ def _problems(runs: list[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def _run(run: Mapping[str, Any]) -> BaselineRun:
-    return BaselineRun(run["num_prompts"], fold_batches([batch["metrics"] for batch in run["gpulayout"]["batches"]]))
+    own = run["gpulayout"]
+    metrics = fold_batches([batch["metrics"] for batch in own["batches"]])
+    return BaselineRun(run["num_prompts"], metrics, own.get("observed", {}))

@@ -39,6 +39,8 @@ class ServerOwner:
         self._live = live
         self._failures: dict[ServerSpec, ServerError] = {}
         self.current: Server | None = None
+        self.wanted: ServerSpec | None = None
+        """What the tests need; another server may have its place for a while (:meth:`lend`)."""
 
     def get(self, spec: ServerSpec) -> Server:
         """Return the server of ``spec``, starting it if it does not run.
@@ -47,10 +49,29 @@ class ServerOwner:
         """
         if self.current is not None and self.current.spec == spec:
             self.check()
+            self.wanted = spec
             return self.current
+        self.wanted = None
+        server = self.lend(spec)
+        self.wanted = spec
+        return server
+
+    def restart(self) -> Server:
+        """Replace the current server by a fresh one of the spec that the tests need."""
+        spec = self.wanted
+        assert spec is not None
+        self._end()
+        self.current = self._start(spec)
+        return self.current
+
+    def lend(self, spec: ServerSpec) -> Server:
+        """Put a fresh server of another spec in the place of the current one; :meth:`needed` brings that one back.
+
+        :raises ServerError: it does not start.
+        """
         if spec in self._failures:
             raise self._failures[spec]
-        self.stop()
+        self._end()
         try:
             self.current = self._start(spec)
         except ServerError as error:
@@ -58,13 +79,21 @@ class ServerOwner:
             raise
         return self.current
 
-    def restart(self) -> Server:
-        """Replace the current server by a fresh one of the same spec."""
-        assert self.current is not None
-        spec = self.current.spec
-        self.stop()
-        self.current = self._start(spec)
-        return self.current
+    def end_loan(self) -> None:
+        """End a server that has the place of the one that the tests need, and free its devices."""
+        if self.current is not None and self.current.spec != self.wanted:
+            self._end()
+
+    def needed(self) -> Server:
+        """Return the server that the tests need, starting it again where another has had its place.
+
+        :raises ServerError: it has been stopped, or it does not start.
+        """
+        if self.wanted is None:
+            raise ServerError("a running server was required, and it has been stopped; ask for vllm_server again")
+        if self.current is not None and self.current.spec == self.wanted:
+            return self.current
+        return self.get(self.wanted)
 
     def check(self) -> None:
         """Do nothing while the current server runs; clear away one that does not, so that the next is fresh.
@@ -79,7 +108,11 @@ class ServerOwner:
                 raise
 
     def stop(self) -> None:
-        """End the current server, if there is one."""
+        """End the current server, if there is one; nothing is needed any more."""
+        self.wanted = None
+        self._end()
+
+    def _end(self) -> None:
         server, self.current = self.current, None
         if server is not None:
             self._live.update(f"{server.spec.layout}: stopping the server")
@@ -152,7 +185,8 @@ class ServerView:
 
     @property
     def server(self) -> Server:
-        """The port behind this view, for code that needs more than a test should."""
-        if self._owner.current is None:
-            raise ServerError("a running server was required, and it has been stopped; ask for vllm_server again")
-        return self._owner.current
+        """The port behind this view, for code that needs more than a test should.
+
+        Started again here where a gate in paired mode ended with a server of the base in its place.
+        """
+        return self._owner.needed()

@@ -32,6 +32,7 @@ from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.live import LiveLine
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.options import gpu_options
+from pytest_gpulayout.outcomes import fails_test, junit_properties, outcome_of
 from pytest_gpulayout.performance import Performance
 from pytest_gpulayout.ports import Server, ServerSpec
 from pytest_gpulayout.report import (
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.workload import Workload
 
 _RECORDS = pytest.StashKey[list[Record]]()
+_VERDICTS = pytest.StashKey[list[Record]]()
 _BREACHED = pytest.StashKey[bool]()
 
 
@@ -104,8 +106,18 @@ class GpuSession:
         return [
             f"gpu layout: {layouts} on {self.settings.platform}, {self._machine_text()}",
             f"gpu layout: {versions}",
-            f"gpu layout: baselines in {self.settings.baseline_dir} ({self.settings.baseline_mode})",
+            f"gpu layout: {self._reference_text()}",
         ]
+
+    def _reference_text(self) -> str:
+        base = self.settings.base
+        if base is not None and self.settings.baseline_mode != "off":
+            return f"in pairs with base {base.name}, at most {self.settings.starts} starts of each side"
+        return f"baselines in {self.settings.baseline_dir} ({self._baseline_text()})"
+
+    def _baseline_text(self) -> str:
+        mode = self.settings.baseline_mode
+        return mode if self.settings.may_write else f"{mode}, nothing is written in CI"
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         """Refuse a run that cannot work before anything is started: no GPU and no explicit ``cpu``."""
@@ -113,6 +125,7 @@ class GpuSession:
             return
         try:
             self._probe_machine()
+            self.performance.check_base()
         except GpuLayoutError as error:
             raise pytest.UsageError(str(error)) from error
 
@@ -140,7 +153,7 @@ class GpuSession:
             at_end()
         except GpuLayoutError as error:
             message = str(error)
-            item.stash[_BREACHED] = isinstance(error, (GateBreached, LinkError))
+            item.stash[_BREACHED] = isinstance(error, (GateBreached, LinkError, BaselineError))
         else:
             return
         told_by = self._told.setdefault(message, item.nodeid)
@@ -196,6 +209,10 @@ class GpuSession:
         if records:
             report.gpulayout = list(records)  # type: ignore[attr-defined]
             records.clear()
+        verdicts = item.stash.get(_VERDICTS, [])
+        if verdicts and report.when != "setup":  # what a fixture has asked the gate counts for the test
+            report.gpulayout_verdicts = list(verdicts)  # type: ignore[attr-defined]
+            verdicts.clear()
         return report
 
     @pytest.hookimpl(tryfirst=True)
@@ -205,16 +222,7 @@ class GpuSession:
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Give verdicts that are no pass their own letter and count."""
-        if report.when != "call" or not report.passed:
-            return None
-        verdicts = [r for r in getattr(report, "gpulayout", []) if r["kind"] == "performance"]
-        if any(record["verdict"] == "inconclusive" for record in verdicts):
-            return "inconclusive", "?", "INCONCLUSIVE"
-        if any(record["stored"] for record in verdicts):
-            return "baseline recorded", "b", "BASELINE RECORDED"
-        if any(record["verdict"] == "no-baseline" for record in verdicts):
-            return "not judged", "o", "NOT JUDGED"
-        return None
+        return outcome_of(getattr(report, "gpulayout_verdicts", [])) if report.passed else None
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the table of all layouts."""
@@ -267,6 +275,9 @@ class GpuSession:
     def record(self, item: pytest.Item, record: Record) -> None:
         """Keep a finding for the summary and the results."""
         item.stash.setdefault(_RECORDS, []).append(record)
+        if record["kind"] == "performance":
+            item.stash.setdefault(_VERDICTS, []).append({"verdict": record["verdict"], "stored": record["stored"]})
+            item.user_properties.extend(junit_properties(record))
 
     def serve(
         self, item: pytest.Item, placed: PlacedLayout, model: ModelSpec | None, arguments: tuple[str, ...]
@@ -359,6 +370,8 @@ class GpuSession:
 
     def judge(self, item: pytest.Item, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> Verdict:
         """Judge a measurement, record the verdict, and fail the test on what is no pass and no matter of policy."""
+        if self.settings.base is not None and self.settings.baseline_mode != "off":
+            return self._judge_in_pairs(item, measurement, tolerances, self.settings.base.name)
         try:
             verdict, measurement = self.performance.judge(measurement, tolerances)
         except BaselineError as error:
@@ -367,23 +380,31 @@ class GpuSession:
             self.record(item, performance_record(verdict, measurement))
             raise
         self.record(item, performance_record(verdict, measurement))
-        if verdict.status is Status.INVALID:
-            self._disturbance = ""  # it is among the reasons
-        failing = {Status.REGRESSION, Status.INVALID}
-        if self.settings.inconclusive == "fail":
-            failing.add(Status.INCONCLUSIVE)
-        if verdict.status in failing:
-            raise GateBreached(
-                "\n".join(verdict_lines(verdict, self._where(measurement), self._update_command(item)))
-            )
+        self._assert_no_breach(verdict, measurement, self._update_command(item))
         return verdict
 
+    def _judge_in_pairs(
+        self, item: pytest.Item, measurement: Measurement, tolerances: Mapping[str, Tolerance], base: str
+    ) -> Verdict:
+        result = self.performance.judge_in_pairs(measurement, tolerances)
+        of_base = None if result.base is None else (base, result.base)
+        self.record(item, performance_record(result.verdict, result.candidate, of_base))
+        accept = "let it be the base from now on (--gpu-base), or allow more (--gpu-tolerance)"
+        self._assert_no_breach(result.verdict, result.candidate, accept)
+        return result.verdict
+
+    def _assert_no_breach(self, verdict: Verdict, measurement: Measurement, accept: str) -> None:
+        if verdict.status is Status.INVALID:
+            self._disturbance = ""  # it is among the reasons
+        if fails_test(verdict, self.settings):
+            raise GateBreached("\n".join(verdict_lines(verdict, self._where(measurement), accept)))
+
     def _where(self, measurement: Measurement) -> str:
-        server = self.servers.current
+        spec = self.servers.wanted
         key = measurement.identity.key
         devices = ""
-        if server is not None:
-            placed = next((p for p in self._placed.values() if p.devices == server.spec.devices), None)
+        if spec is not None:
+            placed = next((p for p in self._placed.values() if p.devices == spec.devices), None)
             devices = f" on {devices_text(placed)}" if placed else ""
         return f"layout {key.layout}{devices}, model {key.model['name']}, workload {key.workload['name']}"
 

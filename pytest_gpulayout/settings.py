@@ -9,12 +9,14 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -63,12 +65,32 @@ RESERVED_ARGUMENTS = {
 }
 """Arguments of ``vllm serve`` that this plugin sets itself -> what to use instead."""
 
+STORED_STARTS = 3
+"""Most starts of a gate against a stored baseline, where nothing else is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChoice:
+    """What ``--gpu-base`` names.
+
+    :param name: for reports. :param python: interpreter of its servers, ``""`` for a URL.
+    :param url: of a server that already runs, ``""`` for a Python.
+    :param vllm_args: of its servers; ``None`` for those of the candidate.
+    """
+
+    name: str
+    python: str = ""
+    url: str = ""
+    vllm_args: tuple[str, ...] | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """All options, read and checked.
 
     :param vllm_args: split as a shell would. :param workloads: the user's own, of ``pyproject.toml``, by name.
+    :param may_write: baselines may be stored: not in CI, unless ``--gpu-write-in-ci=yes``.
+    :param base: what to judge against in place of a stored baseline. :param starts: with it, of each side.
     """
 
     layouts: tuple[Layout, ...]
@@ -83,7 +105,9 @@ class Settings:
     workloads: Mapping[str, Workload]
     baseline_mode: BaselineMode
     baseline_dir: str
+    may_write: bool
     tolerances: dict[str, Tolerance]
+    base: BaseChoice | None
     starts: int
     budget_s: float | None
     inconclusive: Literal["warn", "fail"]
@@ -105,6 +129,8 @@ def settings_from_config(config: pytest.Config) -> Settings:
 
     topology = raw_value(config, "topology")
     results = raw_value(config, "results")
+    may_write = read("write-in-ci", _choice("write-in-ci")) == "yes" or not is_ci(os.environ)
+    base = _base(config, read)
     return Settings(
         layouts=read("layout", lambda text: tuple(dict.fromkeys(parse_layout(part) for part in text.split(",")))),
         model=read("model", check_model) if raw_value(config, "model") else None,
@@ -118,10 +144,12 @@ def settings_from_config(config: pytest.Config) -> Settings:
         transports=read("transport", parse_allowed),
         workload=read("workload", partial(_workload, config)),
         workloads=read("workload", lambda _: project_workloads(config.rootpath)),
-        baseline_mode=cast("BaselineMode", read("baseline", _choice("baseline"))),
+        baseline_mode=cast("BaselineMode", read("baseline", partial(_baseline_mode, may_write=may_write))),
         baseline_dir=_baseline_dir(config),
+        may_write=may_write,
         tolerances=read("tolerance", parse_tolerances),
-        starts=int(read("starts", _positive(whole=True))),
+        base=base,
+        starts=read("starts", partial(_starts, is_paired=base is not None)),
         budget_s=read("budget", _positive()) if raw_value(config, "budget") else None,
         inconclusive=cast("Literal['warn', 'fail']", read("inconclusive", _choice("inconclusive"))),
         results_file=config.invocation_params.dir / results if results else None,
@@ -148,6 +176,85 @@ def _choice(name: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def is_ci(environment: Mapping[str, str]) -> bool:
+    """Whether this is continuous integration: ``CI`` is set there, to anything but nothing, ``0``, ``false``, ``no``.
+
+    GitHub Actions, GitLab CI, Buildkite, CircleCI and others set it to ``true``.
+    """
+    return environment.get("CI", "").strip().lower() not in ("", "0", "false", "no")
+
+
+def _baseline_mode(text: str, *, may_write: bool) -> str:
+    """Refuse ``update`` where nothing may be written: it would measure for long and keep nothing."""
+    mode = _choice("baseline")(text)
+    if mode == "update" and not may_write:
+        raise ValueError(
+            "update writes baselines, and in CI nothing is written\n"
+            "  found the environment variable CI\n"
+            "  update them elsewhere and commit the files, or add --gpu-write-in-ci=yes"
+        )
+    return mode
+
+
+def _base(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], Any]) -> BaseChoice | None:
+    """Read ``--gpu-base`` and ``--gpu-base-vllm-args``, which paired mode is asked for by."""
+    text, words = raw_value(config, "base"), raw_value(config, "base-vllm-args")
+    has_words = bool(words) or config.getoption(OPTION["base-vllm-args"].dest) is not None
+    if not text and not has_words:
+        return None
+    if (mode := raw_value(config, "baseline")) in ("new", "update"):
+        raise pytest.UsageError(
+            f"--gpu-base and --gpu-baseline={mode} were both asked for: a comparison in pairs stores nothing\n"
+            f"  leave one of them out; to store what runs now: --gpu-baseline={mode} alone"
+        )
+    vllm_args = read("base-vllm-args", parse_vllm_arguments) if has_words else None
+    choice: BaseChoice = read("base", partial(parse_base, folder=_folder_of(config, "base"), vllm_args=vllm_args))
+    return choice
+
+
+def parse_base(text: str, *, folder: Path, vllm_args: tuple[str, ...] | None = None) -> BaseChoice:
+    """Read what ``--gpu-base`` names; nothing means the Python that runs now.
+
+    :param folder: that a relative path starts from. :param vllm_args: of ``--gpu-base-vllm-args``.
+    :raises ValueError: a URL with a secret in it, or with arguments; a path without a Python.
+    """
+    from pytest_gpulayout.adapters.base_side import KEY_VARIABLE, is_url, resolve_python
+
+    suffix = "" if vllm_args is None else f" with {shlex.join(vllm_args) or 'no arguments'}"
+    if not text:
+        return BaseChoice(f"this Python{suffix}", python=sys.executable, vllm_args=vllm_args)
+    if not is_url(text):
+        return BaseChoice(f"{text}{suffix}", python=resolve_python(text, folder), vllm_args=vllm_args)
+    parts = urlsplit(text)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(f"a URL without user, key and query was expected\n  put the key into {KEY_VARIABLE}")
+    if not parts.hostname:
+        raise ValueError(f"a URL with a host was expected, found {text!r}")
+    if vllm_args is not None:
+        raise ValueError("a server that already runs takes no arguments\n  leave --gpu-base-vllm-args out")
+    return BaseChoice(text, url=text)
+
+
+def _folder_of(config: pytest.Config, name: str) -> Path:
+    """What a relative path starts from: where it was written, the command line or the ini file."""
+    is_typed = config.getoption(OPTION[name].dest) is not None
+    return config.invocation_params.dir if is_typed else config.rootpath
+
+
+def _starts(text: str, *, is_paired: bool) -> int:
+    """Read ``--gpu-starts``, whose default and limits are others in paired mode."""
+    from pytest_gpulayout.pairs import FEWEST_BLOCKS, MOST_BLOCKS, USUAL_BLOCKS
+
+    if not text:
+        return USUAL_BLOCKS if is_paired else STORED_STARTS
+    starts = int(_positive(whole=True)(text))
+    if is_paired and not FEWEST_BLOCKS <= starts <= MOST_BLOCKS:
+        raise ValueError(
+            f"{FEWEST_BLOCKS} to {MOST_BLOCKS} starts of each side were expected with --gpu-base, found {starts}"
+        )
+    return starts
 
 
 def _positive(*, whole: bool = False, or_zero: bool = False) -> Callable[[str], float]:

@@ -19,21 +19,33 @@ from pytest_gpulayout.stats import SETTLED_DF, NoisePrior, estimate_spread
 MOST_BORROWED_DF = 16.0
 """Weight of a borrowed variance; it is of something else, however well it is known there."""
 
+_TELLING = ("hardware.", "model.", "workload.")
+_NO_DF = 1e-9  # a prior that says nothing; zero would divide by zero where there are no data
+
 
 def nearest_key(store: BaselineStore, key: BaselineKey) -> tuple[str, tuple[str, ...]] | None:
-    """Return the path and the differences of the stored key with the fewest fields that differ, if there is any."""
+    """Return the path and the differences of the stored key with the fewest fields that differ, if there is any.
+
+    Of several the one on the same hardware, then with the same model, then of the same workload: who changed one
+    thing changed a layout or a workload more often than a machine. A file whose key does not differ at all lies at
+    the wrong place, and that is its difference.
+    """
     candidates = []
     for path, baseline in _readable(store):
         differences = key.differences(baseline.key)
-        candidates.append((len(differences), path, differences))
-    return min(candidates)[1:] if candidates else None
+        parts = [sum(text.startswith(part) for text in differences) for part in _TELLING]
+        candidates.append((len(differences), parts, path, differences))
+    if not candidates:
+        return None
+    *_, path, differences = min(candidates)
+    return path, differences or (f"its place: the key is the same, move it to {key.path}",)
 
 
 def same_but_links(store: BaselineStore, key: BaselineKey) -> Baseline | None:
     """Return a baseline whose key is the same but for the links between the devices, if there is one."""
     for _, baseline in _readable(store):
         hardware = {**baseline.key.hardware, "links": key.hardware["links"]}
-        if baseline.key != key and not key.differences(replace(baseline.key, hardware=hardware)):
+        if key.differences(baseline.key) and not key.differences(replace(baseline.key, hardware=hardware)):
             return baseline
     return None
 
@@ -73,8 +85,9 @@ def borrowed_prior(baseline: Baseline, metric: str, source: str) -> NoisePrior |
     if not level or METRICS.get(metric) is None:
         return None
     logs = [[[math.log(sample.value) for sample in session] for session in group] for group in (level, *others)]
-    spread = estimate_spread(logs[0], logs[1:], logs[0][-1][:1], NoisePrior(0.0, 0.0), start_variance_floor=0.0)
-    if spread.mean_df < SETTLED_DF or not spread.is_settled:
+    nothing = NoisePrior(0.0, 0.0, start_df=_NO_DF, session_df=_NO_DF)
+    spread = estimate_spread(logs[0], logs[1:], logs[0][-1][:1], nothing, start_variance_floor=0.0)
+    if spread.own_df < SETTLED_DF or spread.start_df < SETTLED_DF:
         return None
     of_sessions = max(0.0, spread.mean_variance - spread.start_variance * spread.inverse_starts)
     return NoisePrior(

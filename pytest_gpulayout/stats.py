@@ -12,6 +12,7 @@ Knows nothing of metrics, files or verdicts.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,11 @@ class Effect:
     def detectable(self, alpha: float, at_least: float = 0.0) -> float:
         """Smallest true effect that is found with probability :data:`POWER`.
 
-        Found means: a test at level ``alpha`` finds it, and the estimate is ``at_least`` as large.
+        Found means: a test at level ``alpha`` finds it, and the estimate is ``at_least`` as large. It is as often
+        found as is said when ``se`` is the estimate that the test itself uses: an effect of this size is missed where
+        the estimate falls ``se * t_quantile(POWER)`` short of it, which is Student's t by definition. For an effect
+        that is fixed beforehand the power is that of the noncentral t at ``effect / se``: a little less, 0.79 for 19
+        degrees of freedom and 0.77 for 7 (level 0.0033).
         """
         return max(self.se * t_quantile(1 - alpha, self.df), at_least) + self.se * t_quantile(POWER, self.df)
 
@@ -86,9 +91,13 @@ class Effect:
 class Spread:
     """How much sessions and starts differ when nothing has changed.
 
-    :param start_variance: between starts of one session. :param mean_variance: between means of stored sessions,
-        each of ``1 / inverse_starts`` starts; both parts are in it.
-    :param inverse_starts: mean of 1/r over the stored sessions. :param sessions: K, those that give the mean.
+    :param start_variance: between starts of one session. :param start_df: its degrees of freedom.
+    :param mean_variance: between means of sessions of ``1 / inverse_starts`` starts; both parts are in it.
+    :param mean_df: its degrees of freedom, those of a prior included.
+    :param inverse_starts: mean of 1/r over the sessions that ``mean_variance`` comes from.
+    :param level_inverse_starts: the same over the K sessions that give the mean.
+    :param sessions: K, those that give the mean. :param own_df: of ``mean_df``, what the data have.
+    :param prior_df: what the prior has as long as the data have less than :data:`SETTLED_DF`.
     :param is_settled: it rests on its own data alone, not on a prior.
     """
 
@@ -97,27 +106,44 @@ class Spread:
     mean_variance: float
     mean_df: float
     inverse_starts: float
+    level_inverse_starts: float
     sessions: int
+    own_df: float
+    prior_df: float
     is_settled: bool
 
     def of_prediction(self, starts: int, *, sessions: int | None = None) -> tuple[float, float]:
         """Return the standard error, and its degrees of freedom, of a new session's mean less the stored mean.
 
-        The new session is one more draw, so this is a *prediction*::
+        The new session is one more draw, so this is a *prediction* (Meeker, Hahn & Escobar, "Statistical Intervals",
+        2nd ed. 2017, chapter 4)::
 
-            se^2 = s_M^2 (1 + 1/K) + s_R^2 (1/r - mean(1/r_k))        df by Satterthwaite
+            Var = sigma_S^2 (1 + 1/K) + sigma_R^2 (1/r + mean(1/r_k)/K)
+            se^2 = s_M^2 (1 + 1/K) + s_R^2 (1/r - h + (mean(1/r_k) - h)/K)
 
-        With as many starts as the stored sessions the second term is nothing, and the test is Student's t with K - 1
-        degrees of freedom. With more starts it is left out: the prediction is too wide then, never too narrow.
+        with ``s_M^2`` the variance between session means, which estimates ``sigma_S^2 + h sigma_R^2``. The same
+        number of starts everywhere leaves nothing of the second term: Student's t with K - 1 degrees of freedom.
+        Where it would be negative (more starts now than stored) it is left out: the prediction is too wide then,
+        never too narrow.
+
+        Degrees of freedom are Satterthwaite's (Biometrics Bull. 2, 1946), and no more than those of ``s_M^2``:
+        his formula gives a sum more of them than its less certain part has, so that one start would be worth more
+        than three.
 
         :param starts: r, of the new session. :param sessions: another K, to plan with.
         """
-        count = sessions or self.sessions
-        df = self.mean_df + (count - self.sessions if sessions else 0)
+        count = self.sessions if sessions is None else sessions
+        df = self.mean_df if sessions is None else self._planned_df(sessions)
+        unequal = 1 / starts - self.inverse_starts + (self.level_inverse_starts - self.inverse_starts) / count
         of_sessions = self.mean_variance * (1 + 1 / count)
-        of_starts = self.start_variance * max(0.0, 1 / starts - self.inverse_starts)
+        of_starts = self.start_variance * max(0.0, unequal)
         variance = of_sessions + of_starts
-        return math.sqrt(variance), variance**2 / (of_sessions**2 / df + of_starts**2 / self.start_df)
+        satterthwaite = variance**2 / (of_sessions**2 / df + of_starts**2 / self.start_df)
+        return math.sqrt(variance), min(satterthwaite, df)
+
+    def _planned_df(self, sessions: int) -> float:
+        own = max(0.0, self.own_df + sessions - self.sessions)
+        return own if own >= SETTLED_DF else own + self.prior_df
 
 
 def estimate_spread(
@@ -130,32 +156,34 @@ def estimate_spread(
 ) -> Spread:
     """Pool what all stored sessions show of the noise; each group of sessions has a mean of its own.
 
-    :param level: (K,) sessions that the new one is compared with. :param others: groups of sessions at another level
-        (another driver, before an accepted change), which tell of the spread only.
-    :param current: the new session; its starts tell of the spread between starts.
+    :param level: (K,) sessions that the new one is compared with. :param current: the new one.
+    :param others: groups of sessions at another level or of another epoch, which tell of the spread only.
     :param start_variance_floor: least possible variance of a start's value, from the spread of its batches.
     :raises MeasurementError: no current start, no session, or a session without a start.
     """
-    groups = [level, *others]
-    if not current or not level or not all(session for group in groups for session in group):
+    groups = [level, *filter(None, others)]
+    sessions = [session for group in groups for session in group]
+    if not current or not level or not all(sessions):
         raise MeasurementError("an effect needs at least one start now and one in every stored session; found none")
-    start_variance, start_df, starts_settled = _start_variance(
-        [current, *(session for group in groups for session in group)], prior, start_variance_floor
-    )
-    inverse_starts = _mean([1 / len(session) for session in level])
-    means = [[_mean(session) for session in group] for group in groups]
-    squares = sum((mean - _mean(group)) ** 2 for group in means for mean in group)
-    df = float(sum(len(group) - 1 for group in means))
-    assumed = prior.session_sd**2 + start_variance * inverse_starts
-    weight = 0.0 if df >= SETTLED_DF else prior.session_df
+    start_variance, start_df, starts_settled = _start_variance([current, *sessions], prior, start_variance_floor)
+    inverse = [_mean([1 / len(session) for session in group]) for group in groups]
+    df = [len(group) - 1.0 for group in groups]
+    own_df = sum(df)
+    weight = 0.0 if own_df >= SETTLED_DF else prior.session_df
+    assumed = prior.session_sd**2 + start_variance * inverse[0]
+    squares = math.fsum(_squares([_mean(session) for session in group]) for group in groups)
+    pooled = (weight * inverse[0] + math.fsum(map(operator.mul, df, inverse))) / (weight + own_df)
     return Spread(
         start_variance=start_variance,
         start_df=start_df,
-        mean_variance=max((weight * assumed + squares) / (weight + df), _SMALLEST_VARIANCE),
-        mean_df=weight + df,
-        inverse_starts=inverse_starts,
+        mean_variance=max((weight * assumed + squares) / (weight + own_df), _SMALLEST_VARIANCE),
+        mean_df=weight + own_df,
+        inverse_starts=pooled,
+        level_inverse_starts=inverse[0],
         sessions=len(level),
-        is_settled=weight == 0 and starts_settled,
+        own_df=own_df,
+        prior_df=prior.session_df,
+        is_settled=weight == 0 and (starts_settled or 1 / len(current) <= pooled),
     )
 
 
@@ -163,11 +191,19 @@ _SMALLEST_VARIANCE = 1e-12  # equal numbers to the last digit: a test of their d
 
 
 def _start_variance(sessions: Sequence[Session], prior: NoisePrior, floor: float) -> tuple[float, float, bool]:
-    squares = sum((value - _mean(session)) ** 2 for session in sessions for value in session)
+    squares = math.fsum(_squares(session) for session in sessions)
     df = float(sum(len(session) - 1 for session in sessions))
     weight = 0.0 if df >= SETTLED_DF else prior.start_df
     variance = (weight * prior.start_sd**2 + squares) / (weight + df)
     return max(variance, floor, _SMALLEST_VARIANCE), weight + df, weight == 0
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squared distances from the mean."""
+    if not values:
+        return 0.0
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values)
 
 
 def estimate_effect(current: Session, level: Sequence[Session], spread: Spread) -> Effect:
@@ -195,7 +231,7 @@ def variance(values: Sequence[float]) -> float:
     """Unbiased sample variance; 0 for a single value, which says nothing about spread."""
     if len(values) < 2:
         return 0.0
-    return sum((value - _mean(values)) ** 2 for value in values) / (len(values) - 1)
+    return _squares(values) / (len(values) - 1)
 
 
 def _mean(values: Sequence[float]) -> float:

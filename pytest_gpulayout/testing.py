@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -59,6 +61,8 @@ _NS_PER_MS = 1_000_000
 _FIRST_PID = 2**22 + 1
 """Linux gives no process an id above 2**22, so nobody can hit a real one by mistake."""
 _CHANNELS = 2
+_SLOW = "/slow-down-"
+"""In the address of a fake server, before its factor: all that a load driver knows of a server is its address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,7 @@ class FakeTopologySource:
     :param link: class of every link that ``links`` does not name; ``None`` for unknown.
     :param links: class by pair of indices (a, b), a < b.
     :param numa_nodes: of the first GPUs; the others are on node 0.
+    :param power_limit_w: that is set on every GPU, ``None`` where the driver does not tell.
     :param error: raised by :meth:`probe` instead, as on a machine without a driver.
     """
 
@@ -84,6 +89,7 @@ class FakeTopologySource:
     driver_version: str | None = "580.65.06"
     cuda_version: str | None = "13.0"
     error: TopologyError | None = None
+    power_limit_w: int | None = 700
 
     def probe(self) -> Topology:
         """Return what was described.
@@ -116,6 +122,7 @@ class FakeTopologySource:
             pci_bus_id=f"00000000:{index + 1:02X}:00.0",
             numa_node=self.numa_nodes[index] if index < len(self.numa_nodes) else 0,
             memory_bytes=self.memory_gib * _GIB,
+            power_limit_w=self.power_limit_w,
         )
 
 
@@ -223,6 +230,7 @@ class FakeServer:
     :param folder: an existing folder for its log, and for NCCL's logs.
     :param transport: see :class:`FakeServerLauncher`.
     :param processes: where its processes are; by default each rank on its GPU.
+    :param slow_down: factor on all latencies that :class:`FakeLoadDriver` computes for it.
     :param on_stop: called once, when it is stopped.
     """
 
@@ -233,12 +241,14 @@ class FakeServer:
         *,
         transport: str | None,
         processes: FakeGpuProcesses | None = None,
+        slow_down: float = 1.0,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         ranks = range(spec.layout.ranks)
         name = f"-{spec.layout}" if spec.layout.ranks > 1 else ""
         self.spec = spec
-        self.endpoint = Endpoint("http://127.0.0.1:9", spec.model, "fake-key")
+        speed = "" if slow_down == 1 else f"{_SLOW}{slow_down}"
+        self.endpoint = Endpoint(f"http://127.0.0.1:9{speed}", spec.model, "fake-key")
         self.proof = ServerProof("0.32.0", f"vllm-0.32.0{name}-0123abcd", {r: _FIRST_PID + r for r in ranks}, 1.0)
         self.command = ("python", "--model", spec.model, *spec.layout.engine_arguments(), *spec.arguments)
         self.log = folder / "server.log"
@@ -377,6 +387,8 @@ class FakeServerLauncher:
         leaves no evidence. On the CPU platform ``"CPU/GLOO"`` is the slow one, everything else is shared memory.
     :param processes: who is on which GPU; by default each rank on its own, and nobody else.
     :param wait_s: how long a start waits for others to leave, on the clock of ``processes``.
+    :param slow_down: factor on all latencies of the servers that have this Python, or this among their arguments:
+        ``{"/opt/old/bin/python": 1.3, "--enforce-eager": 1.1}``.
     :param failures: what a start raises, by its number, from 1; ``KeyboardInterrupt()`` is Ctrl-C while it loads.
     :param on_event: called with ``"start"`` or ``"stop"`` and the server's spec.
     """
@@ -388,6 +400,7 @@ class FakeServerLauncher:
         transport: str | None = "P2P/CUMEM",
         processes: FakeGpuProcesses | None = None,
         wait_s: float = 0.0,
+        slow_down: Mapping[str, float] | None = None,
         failures: Mapping[int, BaseException] | None = None,
         on_event: Callable[[str, ServerSpec], None] | None = None,
     ) -> None:
@@ -395,6 +408,7 @@ class FakeServerLauncher:
         self._transport = transport
         self._processes = processes or FakeGpuProcesses()
         self._wait_s = wait_s
+        self._slow_down = slow_down or {}
         self._failures = failures or {}
         self._on_event = on_event
         self.launched: list[ServerSpec] = []
@@ -423,6 +437,7 @@ class FakeServerLauncher:
             folder,
             transport=self._transport,
             processes=self._processes,
+            slow_down=math.prod(self._slow_down.get(word, 1.0) for word in (spec.python, *spec.arguments)),
             on_stop=lambda: self._stop(spec),
         )
         self.servers.append(server)
@@ -511,6 +526,7 @@ class FakeLoadDriver:
         if number in self._errors:
             raise self._errors[number]
         factor = self._slow_down[min(number, len(self._slow_down)) - 1] * self._spread()
+        factor *= float(endpoint.url.partition(_SLOW)[2] or 1)
         indices = itertools.count()
         batches: list[BatchTrace] = []
         now_ns = 10**12
@@ -566,19 +582,21 @@ class InMemoryBaselines:
     def __init__(self, texts: Mapping[str, str] | None = None, *, root: str = "memory") -> None:
         self.root = root
         self.texts = dict(texts or {})
+        self._writing = threading.RLock()
 
     def read(self, path: str) -> str | None:
         """Return the text stored under ``path``, ``None`` when there is none."""
         return self.texts.get(path)
 
     def update(self, path: str, change: Callable[[str | None], str | None]) -> bool:
-        """Store what ``change`` makes of what is stored."""
-        before = self.texts.get(path)
-        after = change(before)
-        if after is None:
-            self.texts.pop(path, None)
-        else:
-            self.texts[path] = after
+        """Store what ``change`` makes of what is stored; threads take turns."""
+        with self._writing:
+            before = self.texts.get(path)
+            after = change(before)
+            if after is None:
+                self.texts.pop(path, None)
+            else:
+                self.texts[path] = after
         return before is not None
 
     def paths(self) -> Sequence[str]:

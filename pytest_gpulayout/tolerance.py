@@ -22,6 +22,9 @@ DEFAULT_TOLERANCES: Mapping[str, float] = {
 }
 """Gated without being asked for. Tails are advisory until a tolerance names them: a p99 of few requests is noise."""
 
+LARGEST_LOG = 700.0
+"""A change beyond this factor on the log scale has no floating-point number; it is shown as this one."""
+
 _ENTRY = re.compile(r"\s*(?P<name>\w+)\s*=\s*(?P<value>\d+(?:\.\d+)?)\s*(?P<percent>%?)\s*")
 
 
@@ -41,7 +44,8 @@ class Tolerance:
 
     def fraction_of(self, margin: float) -> float:
         """The fraction of another margin on the log scale; the inverse of :attr:`margin`."""
-        return -math.expm1(-margin) if METRICS[self.metric].better == "higher" else math.expm1(margin)
+        log = min(margin, LARGEST_LOG)
+        return -math.expm1(-log) if METRICS[self.metric].better == "higher" else math.expm1(log)
 
 
 def percent_text(fraction: float) -> str:

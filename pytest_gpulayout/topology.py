@@ -95,6 +95,7 @@ class Device:
     :param pci_bus_id: ``domain:bus:device.function`` as the source prints it.
     :param numa_node: the node, or a range such as ``"0-3"`` where the source gives one.
     :param cpu_affinity: list of CPUs such as ``"0-13,28-41"``; ``""`` where the source prints an empty cell.
+    :param power_limit_w: what it is set to draw at most, not what it draws now.
     :param gpu_numa_id: on Grace the node of the GPU's own memory, which has no CPUs.
     :param mig: whether MIG mode is on: then only instances of the GPU can be used, and they have no peer access.
     :param fault: why the GPU cannot be used at all, such as ``"GPU is lost"``; ``None`` when nothing is wrong.
@@ -113,6 +114,7 @@ class Device:
     pcie: PcieLink | None = None
     nvlinks: tuple[NvLinks, ...] = ()
     fabric: Fabric | None = None
+    power_limit_w: int | None = None
 
     @property
     def is_usable(self) -> bool:

@@ -6,7 +6,9 @@ U the upper bound at the level of a miss, D the smallest change that the gate ca
 =============  =========================================================================================
 regression     L > 0 and the estimate is at least m/2 (at a true change of m it is below m half the time)
 improvement    the mirror image
-pass           U < m and D <= m: a change that matters is ruled out. Not having seen one is not enough
+pass           U < m and D <= m: a change that matters is ruled out. Not having seen one is not enough.
+               As long as starts may follow, U < D too: a change of the size that is promised to be seen
+               may not be passed over in a hurry
 inconclusive   neither
 =============  =========================================================================================
 
@@ -15,18 +17,22 @@ with no true change it bounds the probability of any), 5 % for a miss of each me
 the level that the procedure left it (Benjamini and Yekutieli, JASA 100, 2005), so that L > 0 says the same as the
 test.
 
-A gate may look after each start. Every look before the last spends a fiftieth of the level of a false alarm, and the
-last one the rest; passes are not in such a hurry to be rare, and each look has the same share of theirs. The levels
-hold over all looks by the union bound. A regression is never called on one start when there may be another.
+A gate may look after each start. Every look before the last spends little of the level of a false alarm, and the last
+one the rest; passes are not in such a hurry to be rare, and each look has the same share of theirs. The levels hold
+over all looks by the union bound. Neither a regression nor an improvement is called on one start when there may be
+another.
+
+Scaling a metric changes nothing, and turning its direction around mirrors the verdict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.stats import (
     Effect,
@@ -38,11 +44,12 @@ from pytest_gpulayout.stats import (
     median,
     variance,
 )
-from pytest_gpulayout.tolerance import Tolerance
+from pytest_gpulayout.tolerance import LARGEST_LOG, Tolerance
 
 FALSE_ALARM = 0.01
 MISS = 0.05
-_EARLY_ALARM = 0.02
+_EARLY_ALARM = 0.005
+_ALL_EARLY_ALARMS = 0.5
 MOST_STARTS = 10
 MOST_SESSIONS = 20
 """How far :class:`Requirement` looks for what a margin would take."""
@@ -154,7 +161,8 @@ class Look:
     @property
     def alarm(self) -> float:
         """This look's share of the level of a false alarm."""
-        return FALSE_ALARM * (1 - _EARLY_ALARM * (self.of - 1) if self.is_last else _EARLY_ALARM)
+        early = min(_EARLY_ALARM, _ALL_EARLY_ALARMS / max(1, self.of - 1))
+        return FALSE_ALARM * (1 - early * (self.of - 1) if self.is_last else early)
 
     @property
     def miss(self) -> float:
@@ -177,9 +185,15 @@ def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[Metri
     """Judge the gated metrics of this session together against the stored ones.
 
     :param histories: (n_metrics,), each with at least one start now and one stored session.
-    :param look: ``look.of`` is the number of starts that there may be; more starts than that count as the last look.
-    :raises MeasurementError: a metric has no start now, or no stored one.
+    :param look: ``look.of`` is the number of starts that there may be; the last look is one that no start follows,
+        however many there are.
+    :returns: one verdict for each, in this order.
+    :raises MeasurementError: a metric has no start now, or no stored one, or a value that is no number above zero.
     """
+    if not histories:
+        return ()
+    for history in histories:
+        _require_numbers(history)
     judged = [_effect_of(history) for history in histories]
     worse = bound_level([item.effect.p_worse for item in judged], look.alarm)
     better = bound_level([item.effect.p_better for item in judged], look.alarm)
@@ -192,6 +206,28 @@ def bound_level(p_values: Sequence[float], level: float) -> float:
     count = len(ordered)
     found = max((k for k, p in enumerate(ordered, 1) if p <= level * k / count), default=0)
     return level * max(1, found) / count
+
+
+def _require_numbers(history: MetricHistory) -> None:
+    """Refuse what has no logarithm, and what would leave a metric unjudged."""
+    name = history.tolerance.metric
+    stored = [session for group in (history.level, *history.others) for session in group]
+    if not history.current or not history.level or not all(stored):
+        raise MeasurementError(
+            "of a gated metric at least one server start now and one in every stored session were required, "
+            f"found {len(history.current)} now and {sorted(map(len, stored))} stored\n"
+            f"  {name}\n  measure it in every session, or gate other metrics: --gpu-tolerance"
+        )
+    for where, samples in (("this session", history.current), *(("a stored session", s) for s in stored)):
+        for number, sample in enumerate(samples, 1):
+            if sample.batches and all(math.isfinite(value) and value > 0 for value in sample.batches):
+                continue
+            found = ", ".join(f"{value:g}" for value in sample.batches) or "no batch"
+            raise MeasurementError(
+                f"numbers above zero were required of a gated metric, found {found} {METRICS[name].unit}\n"
+                f"  {name}, server start {number} of {where}\n"
+                "  measure again; where it is stored, record it anew: --gpu-baseline=update"
+            )
 
 
 def _effect_of(history: MetricHistory) -> _Judged:
@@ -217,25 +253,29 @@ def _mean_of_means(sessions: Sequence[Session]) -> float:
 
 
 def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: int) -> MetricVerdict:
-    tolerance, effect, sign = item.history.tolerance, item.effect, item.sign
+    tolerance, effect, sign, starts = item.history.tolerance, item.effect, item.sign, len(item.history.current)
     margin = tolerance.margin
+    reach = _reach(item.spread, margin / 2, metrics, starts if look.is_last else max(look.of, starts), look.of)
     low, high = effect.lower(worse), effect.upper(look.miss)
-    starts = max(look.of, len(item.history.current))
-    reach = detectable(item.spread, margin, metrics, starts)
-    status = _status(effect, low, high, margin, better, reach)
-    if status is Status.REGRESSION and len(item.history.current) == 1 and not look.is_last:
+    status = _status(effect, low, effect.upper(better), margin)
+    if status is Status.IMPROVEMENT:
+        low, high = effect.lower(look.miss), effect.upper(better)
+    if status is not None and starts == 1 and not look.is_last:
         status = Status.INCONCLUSIVE
-    bounds = sorted((math.expm1(sign * low), math.expm1(sign * high)))
+    if status is None:
+        ruled_out = margin if look.is_last else min(margin, reach)
+        status = Status.PASS if high < ruled_out and reach <= margin else Status.INCONCLUSIVE
+    bounds = sorted((_change(sign * low), _change(sign * high)))
     return MetricVerdict(
         name=tolerance.metric,
         status=status,
         baseline=math.exp(sign * item.stored_mean),
         current=math.exp(sign * (item.stored_mean + effect.size)),
-        change=math.expm1(sign * effect.size),
+        change=_change(sign * effect.size),
         ci=(bounds[0], bounds[1]),
         tolerance=tolerance.fraction,
         min_detectable=tolerance.fraction_of(reach),
-        n_current=len(item.history.current),
+        n_current=starts,
         n_baseline=sum(map(len, item.history.level)),
         n_sessions=item.spread.sessions,
         is_settled=item.spread.is_settled,
@@ -243,12 +283,15 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
     )
 
 
-def _status(effect: Effect, low: float, high: float, margin: float, better: float, reach: float) -> Status:
+def _status(effect: Effect, low: float, high: float, margin: float) -> Status | None:
+    """Which way it moved, by the bounds at the level of a false alarm; ``None`` where that is not certain."""
     if low > 0 and effect.size >= margin / 2:
         return Status.REGRESSION
-    if effect.upper(better) < 0 and effect.size <= -margin / 2:
-        return Status.IMPROVEMENT
-    return Status.PASS if high < margin and reach <= margin else Status.INCONCLUSIVE
+    return Status.IMPROVEMENT if high < 0 and effect.size <= -margin / 2 else None
+
+
+def _change(log_ratio: float) -> float:
+    return math.expm1(min(log_ratio, LARGEST_LOG))
 
 
 def detectable(spread: Spread, margin: float, metrics: int, starts: int, *, sessions: int | None = None) -> float:
@@ -259,8 +302,15 @@ def detectable(spread: Spread, margin: float, metrics: int, starts: int, *, sess
     :param margin: on the log scale; an estimate below half of it is no regression.
     :param metrics: gated together. :param sessions: stored ones, where not those there are.
     """
+    return _reach(spread, margin / 2, metrics, starts, starts, sessions=sessions)
+
+
+def _reach(
+    spread: Spread, at_least: float, metrics: int, starts: int, looks: int, *, sessions: int | None = None
+) -> float:
+    """What the last of so many looks finds with so many starts; they are fewer where time runs out."""
     planned = Effect(0.0, *spread.of_prediction(starts, sessions=sessions))
-    return planned.detectable(Look(starts, starts).alarm / metrics, margin / 2)
+    return planned.detectable(Look(looks, looks).alarm / metrics, at_least)
 
 
 def require(spread: Spread, tolerance: Tolerance, metrics: int) -> Requirement:
@@ -273,9 +323,19 @@ def require(spread: Spread, tolerance: Tolerance, metrics: int) -> Requirement:
     smallest = detectable(spread, 0.0, metrics, MOST_STARTS, sessions=max(spread.sessions, MOST_SESSIONS))
     return Requirement(
         starts=next((n for n in range(1, MOST_STARTS + 1) if sees(n, spread.sessions)), None),
-        sessions=next((k for k in range(spread.sessions, MOST_SESSIONS + 1) if sees(MOST_STARTS, k)), None),
+        sessions=_from_which_on(
+            lambda count: sees(MOST_STARTS, count), range(spread.sessions, max(spread.sessions, MOST_SESSIONS) + 1)
+        ),
         smallest=tolerance.fraction_of(smallest),
     )
+
+
+def _from_which_on(holds: Callable[[int], bool], counts: Sequence[int]) -> int | None:
+    """The first count from which on it always holds: a prior that is dropped leaves a session more less certain."""
+    enough = len(counts)
+    while enough and holds(counts[enough - 1]):
+        enough -= 1
+    return counts[enough] if enough < len(counts) else None
 
 
 def _batch_noise(samples: Sequence[MetricSample]) -> float:

@@ -91,6 +91,10 @@ _HINT = re.compile(r"[.,]? (?:Communicator is not available\. )?To (?:silence|su
 _CONFIG = re.compile(r"Initializing a V1 LLM engine \(.*?\) with config: ")
 _QUOTED_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _CUSTOM_OPTION = re.compile(r"\bdisable_custom_all_reduce=(True|False)\b")
+_DTYPE_OPTION = re.compile(r"(?<![\w-])dtype=(?:torch\.)?(\w+)")
+_QUANTIZATION_OPTION = re.compile(r"(?<![\w-])quantization=(?!None\b)(\w+)")
+# update_kv_cache_capacity in v1/core/kv_cache_utils.py, one line per engine.
+_KV_CACHE = re.compile(r"[\w +]+ KV cache size: (?P<tokens>\d[\d,]{0,20}) tokens")
 # utils/ompmultiprocessing.py.
 _CPU_BINDING = re.compile(r"local_rank=(?P<local_rank>\d{1,9}), core ids=\[(?P<cores>(?:\d{1,9}(?:, ?)?)*)\]")
 
@@ -193,9 +197,11 @@ class VllmLogFacts:
     :param all_reduce: one per group of more than one rank that rank 0 is in; older releases do not log it.
     :param all_reduce_off: one entry per backend and reason, the first that said so.
     :param custom_all_reduce_disabled: the option ``disable_custom_all_reduce`` of the engine.
+    :param dtype: of the weights as the engine took it, with the quantisation where there is one: ``"bfloat16 fp8"``.
     :param all2all: managers of the all-to-all of expert parallelism, by class (on the CPU backend by name).
     :param cpu_shm_off: groups whose shared-memory communicator is off on the CPU backend.
     :param cpu_cores: local rank to the cores its threads are bound to.
+    :param kv_cache_tokens: room in the KV cache, of the engine that has least.
     """
 
     vllm_version: str | None = None
@@ -206,9 +212,11 @@ class VllmLogFacts:
     all_reduce: tuple[AllReduceFact, ...] = ()
     all_reduce_off: tuple[BackendOffFact, ...] = ()
     custom_all_reduce_disabled: OptionFact | None = None
+    dtype: str | None = None
     all2all: tuple[NameFact, ...] = ()
     cpu_shm_off: tuple[GroupFact, ...] = ()
     cpu_cores: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    kv_cache_tokens: int | None = None
 
 
 def parse_vllm_log(lines: Iterable[str | bytes], source: str = "vllm.log") -> VllmLogFacts:
@@ -257,9 +265,11 @@ class _Reader:
         self._all_reduce: dict[str, AllReduceFact] = {}
         self._all_reduce_off: dict[tuple[str, str], BackendOffFact] = {}
         self._options: list[OptionFact] = []
+        self._dtypes: list[str] = []
         self._all2all: dict[str, NameFact] = {}
         self._cpu_shm_off: list[GroupFact] = []
         self._cpu_cores: dict[int, tuple[int, ...]] = {}
+        self._kv_cache_tokens: list[int] = []
 
     def read(self, record: LogRecord, where: LogLine) -> None:
         if record.pid is not None:
@@ -271,6 +281,8 @@ class _Reader:
             read(self, record, where)
         if record.source in _BACKEND_OFF:
             self._read_backend_off(record, where)
+        if record.source == "kv_cache_utils.py" and (match := _KV_CACHE.match(record.message)):
+            self._kv_cache_tokens.append(int(match["tokens"].replace(",", "")))
 
     def result(self) -> VllmLogFacts:
         return VllmLogFacts(
@@ -282,9 +294,11 @@ class _Reader:
             all_reduce=tuple(self._all_reduce.values()),
             all_reduce_off=tuple(self._all_reduce_off.values()),
             custom_all_reduce_disabled=next(iter(self._options), None),
+            dtype=next(iter(self._dtypes), None),
             all2all=tuple(self._all2all.values()),
             cpu_shm_off=tuple(self._cpu_shm_off),
             cpu_cores=self._cpu_cores,
+            kv_cache_tokens=min(self._kv_cache_tokens, default=None),
         )
 
     def _read_version(self, message: str) -> None:
@@ -315,8 +329,12 @@ class _Reader:
     def _read_option(self, record: LogRecord, where: LogLine) -> None:
         if record.source != "core.py" or not (start := _CONFIG.match(record.message)):
             return
-        if match := _CUSTOM_OPTION.search(_QUOTED_TEXT.sub("''", record.message[start.end() :])):
+        options = _QUOTED_TEXT.sub("''", record.message[start.end() :])
+        if match := _CUSTOM_OPTION.search(options):
             self._options.append(OptionFact(match[1] == "True", replace(where, text=match[0])))
+        if dtype := _DTYPE_OPTION.search(options):
+            quantization = _QUANTIZATION_OPTION.search(options)
+            self._dtypes.append(dtype[1] + (f" {quantization[1]}" if quantization else ""))
 
     def _read_nccl(self, record: LogRecord, where: LogLine) -> None:
         if match := _NCCL.match(record.message):

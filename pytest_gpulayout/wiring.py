@@ -6,6 +6,7 @@ Adapters are imported when they are used; some need packages or libraries that n
 from __future__ import annotations
 
 import os
+import sys
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from pytest_gpulayout.observing import Observer, client_cpus
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_gpulayout.adapters.base_side import BasePython, BaseServer
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.ports import (
         BaselineStore,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
         ServerLauncher,
         TopologySource,
     )
-    from pytest_gpulayout.settings import Settings
+    from pytest_gpulayout.settings import BaseChoice, Settings
 
 
 class Wiring:
@@ -95,6 +97,35 @@ class Wiring:
             watch_server=partial(ServerWatch, log=server.log),
             watch_devices=lambda: TelemetryWatch(spec.platform, spec.devices, server_pids=pids),
         )
+
+    def observer_of_url(self) -> Observer:
+        """What sends the load to a server that runs elsewhere: neither its log nor its devices are seen."""
+        if self._users_driver is not None:
+            return Observer(self._users_driver)
+        from pytest_gpulayout.adapters.openai_stream import OpenAiStreamDriver
+        from pytest_gpulayout.adapters.server_watch import ServerWatch
+
+        return Observer(OpenAiStreamDriver(), calibrator=self._calibrator, watch_server=ServerWatch)
+
+    def base_python(self, choice: BaseChoice) -> BasePython:
+        """The other Python of paired mode, and which versions it has; of the one that runs now they are known."""
+        from pytest_gpulayout.adapters.base_side import BasePython, find_base_python
+
+        if choice.python == sys.executable:
+            return BasePython(choice.name, choice.python, {})
+        if choice.python not in self._base_pythons:
+            self._base_pythons[choice.python] = find_base_python(choice.name, choice.python)
+        return self._base_pythons[choice.python]
+
+    @cached_property
+    def _base_pythons(self) -> dict[str, BasePython]:
+        return {}
+
+    def base_server(self, choice: BaseChoice) -> BaseServer:
+        """The server that already runs, as it answers now."""
+        from pytest_gpulayout.adapters.base_side import find_base_server
+
+        return find_base_server(choice.url)
 
     @cached_property
     def _users_driver(self) -> LoadDriver | None:

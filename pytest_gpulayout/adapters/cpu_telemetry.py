@@ -45,7 +45,7 @@ class CpuReader:
     ) -> None:
         self._proc = proc
         self._roots = (*server_pids, own_pid) if server_pids else ()
-        self._quotas = _quota_files(server_pids[0] if server_pids else own_pid, proc, cgroups)
+        self._quotas = quota_files(server_pids[0] if server_pids else own_pid, proc, cgroups)
         self._members: dict[int, psutil.Process] = {}
         self._first_times: dict[int, float] = {}
         self._first_total = 0.0
@@ -174,7 +174,7 @@ def _time_of(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _quota_files(pid: int, proc: Path, cgroups: Path) -> list[Path]:
+def quota_files(pid: int, proc: Path, cgroups: Path) -> list[Path]:
     """``cpu.stat`` of a process's cgroup and of those above it: a limit may stand at each level, as of a pod.
 
     Lines are ``0::/path`` in version 2, ``4:cpu,cpuacct:/path`` in version 1. In a container the paths may be those

@@ -4,7 +4,8 @@ Knows the facts about single GPUs; what connects them is read by :mod:`~pytest_g
 started for one reading and shut down again. What is not answered is ``None``, and a note of the topology says why; a
 GPU that cannot be used stays in the list with its fault.
 
-Sources: NVML API reference, "Device Queries", "Multi Instance GPU Management", ``nvmlGpuFabricInfo_v2_t``.
+Sources: NVML API reference, "Device Queries" (``nvmlDeviceGetPowerManagementLimit`` is in milliwatts), "Multi
+Instance GPU Management", ``nvmlGpuFabricInfo_v2_t``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pytest_gpulayout.topology import Device, Fabric, PcieLink, Topology, normal
 VISIBLE_DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 _SET_WORDS = 64  # words of 64 bits in a set of CPUs or NUMA nodes: 4096 of them
+_MW_PER_W = 1000
 _SCOPE_NODE = 0  # NVML_AFFINITY_SCOPE_NODE
 _FABRIC_STATES = {1: "not started", 2: "in progress", 3: "completed"}  # nvmlGpuFabricState_t; 0 is "not supported"
 _FABRIC_COMPLETED = 3
@@ -198,6 +200,7 @@ def _read_device(gpu: GpuInquiry, device: Device) -> tuple[Device, bool]:
         mig=_mig_mode(gpu),
         pcie=_read_pcie(gpu),
         fabric=_read_fabric(gpu),
+        power_limit_w=_power_limit_w(gpu),
     )
     return full, _is_busy(gpu, 0 if memory is None else int(memory.used))
 
@@ -215,6 +218,13 @@ def _gpu_numa_id(gpu: GpuInquiry, nodes: Sequence[int]) -> int | None:
     if node is None or node < 0 or node in nodes or not nodes:
         return None
     return int(node)
+
+
+def _power_limit_w(gpu: GpuInquiry) -> int | None:
+    """What is set (``nvidia-smi -pl``); the limit that is enforced may be lower for a while, which is noise here."""
+    usual = NOT_OF_THIS_HARDWARE | NOT_OF_THIS_DRIVER
+    milliwatts = gpu.ask("power limit", gpu.nvml.nvmlDeviceGetPowerManagementLimit, usual=usual)
+    return None if milliwatts is None else round(milliwatts / _MW_PER_W)
 
 
 def _mig_mode(gpu: GpuInquiry) -> bool | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from importlib.resources import files
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
-from pytest_gpulayout.baseline import Baseline, BaselineKey
-from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
+from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineRun, BaselineSession, LevelStart
+from pytest_gpulayout.baseline_text import SCHEMA_VERSION, baseline_from_text, baseline_to_text
 from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_requirement
@@ -36,9 +37,16 @@ TP2 = parse_layout("tp2")
 def measurement() -> Measurement:
     workload = BUILTIN_WORKLOADS["smoke"]
     key = BaselineKey(
-        model={"name": "org/tiny", "revision": "default", "arguments": ""},
+        model={"name": "org/tiny", "revision": "0123abc", "dtype": "bfloat16", "arguments": ""},
         layout="tp2",
-        hardware={"platform": "cuda", "device": "NVIDIA H200", "count": 2, "memory_gib": 141, "links": ["NV18"]},
+        hardware={
+            "platform": "cuda",
+            "device": "NVIDIA H200",
+            "count": 2,
+            "memory_gib": 141,
+            "power_limit_w": 700,
+            "links": ["NV18"],
+        },
         workload={"name": workload.name, "fingerprint": workload.fingerprint()},
     )
     identity = Identity(key, {"driver": "580.65.06"}, {"vllm": "0.32.0", "arguments": ""}, {"host": "gpu-a1"})
@@ -89,10 +97,34 @@ def test_topology_document(source: FakeTopologySource) -> None:
 def test_baseline_document() -> None:
     taken = measurement()
 
-    text = baseline_to_text(Baseline(taken.identity.key, (taken.as_session("2026-11-21T04:00:00Z"),)))
+    session = taken.as_session("2026-11-21T04:00:00Z")
+    accepted = replace(
+        session, begins=LevelStart("a larger context", ("median_tpot_ms 9.8 ms -> 11.9 ms",), "2026-12-31")
+    )
+    seen = tuple(replace(run, observed={"startup_s": 41.5}) for run in session.runs)
+
+    text = baseline_to_text(Baseline(taken.identity.key, (session, accepted, replace(session, runs=seen))))
 
     assert validate(json.loads(text), "baseline") == []
-    assert baseline_from_text(text, "file.json").key == taken.identity.key
+    read = baseline_from_text(text, "file.json")
+    assert read.key == taken.identity.key
+    assert read.sessions[1].begins == accepted.begins
+    assert read.sessions[2].runs == seen
+
+
+def test_schema_of_baselines_is_of_the_version_that_is_written() -> None:
+    assert load_schema("baseline")["properties"]["schema_version"] == {"const": SCHEMA_VERSION}
+
+
+def test_every_field_of_a_baseline_is_in_its_schema() -> None:
+    """No other field is allowed anywhere: one that was forgotten here could not be stored."""
+    schema = load_schema("baseline")
+    places = {name: schema["$defs"][name]["properties"] for name in ("session", "level_start", "run")}
+
+    assert set(schema["properties"]["key"]["properties"]) == {field.name for field in fields(BaselineKey)}
+    assert set(places["session"]) == {field.name for field in fields(BaselineSession)}
+    assert set(places["level_start"]) == {field.name for field in fields(LevelStart)}
+    assert set(places["run"]) == {field.name for field in fields(BaselineRun)}
 
 
 def test_results_document() -> None:

@@ -677,6 +677,11 @@ int nvmlDeviceGetEnforcedPowerLimit(Gpu *gpu, unsigned *milliwatts) {
     return copy_telemetry(gpu, "power_limit_mw", milliwatts);
 }
 
+int nvmlDeviceGetPowerManagementLimit(Gpu *gpu, unsigned *milliwatts) {
+    ANSWER_OR(gpu, NULL);
+    return copy_telemetry(gpu, "set_power_limit_mw", milliwatts);
+}
+
 int nvmlDeviceGetPowerManagementDefaultLimit(Gpu *gpu, unsigned *milliwatts) {
     ANSWER_OR(gpu, NULL);
     return copy_telemetry(gpu, "default_power_limit_mw", milliwatts);

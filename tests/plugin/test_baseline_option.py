@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_gpulayout.baseline_text import baseline_from_text
 from pytest_gpulayout.schemas import validate
 from tests.support.suite import GATE, Suite
 
@@ -42,7 +43,7 @@ def test_check_names_the_nearest_baseline_and_what_differs(gate: Suite) -> None:
     result.stdout.fnmatch_lines(
         [
             "  nearest is org-tiny-*/tp2/2x-NVIDIA-H200-NV18-*/smoke.json, which differs in",
-            "    hardware.links: stored ['NV18'], now ['SYS']",
+            "    hardware.links: stored 0-1 NV18, now 0-1 SYS",
         ],
         consecutive=True,
     )
@@ -85,6 +86,7 @@ def test_verbose_word_of_a_recording(gate: Suite) -> None:
 
 def test_new_judges_what_is_stored(gate: Suite) -> None:
     gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
+    gate.settle()
     (file,) = gate.baselines
     before = file.read_text()
 
@@ -95,6 +97,7 @@ def test_new_judges_what_is_stored(gate: Suite) -> None:
 
 def test_check_passes_on_the_same_numbers(gate: Suite) -> None:
     gate.run("--gpu-layout=tp1,tp2", "--gpu-baseline=new")
+    gate.settle()
 
     result = gate.run("--gpu-layout=tp1,tp2")
 
@@ -105,20 +108,57 @@ def test_check_passes_on_the_same_numbers(gate: Suite) -> None:
             r"tp1: worst link none needed, .*",
             r"  smoke: pass, \d server starts?  \[test_it.py::test_speed\[tp1\]\]",
             r"    metric +value +baseline +change  verdict",
-            r"    median_ttft_ms +20\.0 ms +20\.0 ms +\+0\.0%  pass",
+            r"    median_ttft_ms +20\.0 ms +20\.0 ms +[+-]0\.0%  pass",
             r"    median_itl_ms .* not gated",
         ]
     )
 
 
-def test_update_records_again(gate: Suite) -> None:
+def test_update_of_the_same_numbers_is_one_more_session(gate: Suite) -> None:
     gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
-    gate.fakes(driver="ttft_ms=40")
+    gate.settle(sessions=8)
+    (file,) = gate.baselines
+    before = file.read_text()
 
     result = gate.run("--gpu-layout=tp1", "--gpu-baseline=update")
 
-    result.stdout.fnmatch_lines(["  smoke: updated, 3 server starts*", "*1 baseline recorded*"])
+    result.stdout.fnmatch_lines(
+        [
+            "  smoke: updated, 3 server starts*",
+            "    median_ttft_ms  *20.0 ms  *20.0 ms *%  pass",
+            "    nothing got clearly better or worse: one more session beside those stored",
+            "*1 baseline recorded*",
+        ]
+    )
+    text = file.read_text()
+    added = set(text.splitlines()) - set(before.splitlines())
+    assert len(added) == 1
+    assert baseline_from_text(text, "").sessions[:-1] == baseline_from_text(before, "").sessions
     gate.run("--gpu-layout=tp1").assert_outcomes(passed=1)
+
+
+def test_update_of_other_numbers_begins_a_level_and_says_what_got_better_and_worse(gate: Suite) -> None:
+    gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
+    gate.settle()
+    gate.fakes(driver="ttft_ms=40, tpot_ms=2.5")
+
+    result = gate.run("--gpu-layout=tp1", "--gpu-baseline=update")
+
+    result.stdout.fnmatch_lines(
+        [
+            "  smoke: updated, 3 server starts*",
+            "    a new level begins here: request_throughput * (+*%, better)",
+            "    a new level begins here: median_ttft_ms 20.0 ms -> 40.0 ms (+100.0%, worse)",
+            "    a new level begins here: median_tpot_ms 5.00 ms -> 2.50 ms (-50.0%, better)",
+            "*1 baseline recorded*",
+        ]
+    )
+    (file,) = gate.baselines
+    old, new = baseline_from_text(file.read_text(), "").levels()
+    assert (len(old), len(new)) == (9, 1)
+    gate.run("--gpu-layout=tp1").assert_outcomes(passed=1)
+    gate.fakes()
+    gate.run("--gpu-layout=tp1").assert_outcomes(failed=1)
 
 
 def test_off_judges_nothing_and_says_so(gate: Suite) -> None:
@@ -140,18 +180,24 @@ def test_off_judges_nothing_and_says_so(gate: Suite) -> None:
     ],
     ids=["truncated", "empty", "misspelt", "other"],
 )
-@pytest.mark.parametrize("mode", ["check", "new"])
+@pytest.mark.parametrize("mode", ["check", "new", "update"])
 def test_file_that_is_no_baseline_fails(gate: Suite, damage: object, message: str, mode: str) -> None:
     assert callable(damage)
     gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
     (file,) = gate.baselines
     file.write_text(damage(file.read_text()))
+    damaged = file.read_text()
 
     result = gate.run("--gpu-layout=tp1", f"--gpu-baseline={mode}")
 
     result.assert_outcomes(failed=1)
+    assert (file.read_text(), gate.starts) == (damaged, 3 + 1)
     result.stdout.fnmatch_lines(
-        [message, f"  in {file}", "  restore it (git checkout), or record it again: --gpu-baseline=update"]
+        [
+            message,
+            f"  in {file}",
+            "  restore it (git checkout), or remove it and record it again: --gpu-baseline=new",
+        ]
     )
 
 
@@ -172,16 +218,6 @@ def test_file_of_another_key_fails(gate: Suite) -> None:
     )
 
 
-def test_corrupt_file_is_mended_by_update(gate: Suite) -> None:
-    gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
-    (file,) = gate.baselines
-    file.write_text("{")
-
-    gate.run("--gpu-layout=tp1", "--gpu-baseline=update").stdout.fnmatch_lines(["*1 baseline recorded*"])
-
-    gate.run("--gpu-layout=tp1").assert_outcomes(passed=1)
-
-
 def test_models_of_one_name_and_other_arguments_do_not_share_a_key(gate: Suite) -> None:
     gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
     gate.write(test_it="import pytest\npytestmark = pytest.mark.gpu_model('org/tiny', dtype='float32')" + GATE)
@@ -189,7 +225,7 @@ def test_models_of_one_name_and_other_arguments_do_not_share_a_key(gate: Suite) 
     result = gate.run("--gpu-layout=tp1")
 
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["  model.arguments: stored '', now '--dtype float32'"])
+    result.stdout.fnmatch_lines(["  nearest is *", "    model.arguments: stored '', now '--dtype float32'"])
 
 
 @pytest.mark.parametrize("folder", ["numbers", "deep/er/numbers"])
@@ -204,9 +240,9 @@ def test_url_keeps_baselines_elsewhere(gate: Suite) -> None:
     place = "--gpu-baseline-dir=memory://test-url-keeps-baselines"
     gate.run("--gpu-layout=tp1", "--gpu-baseline=new", place)
 
-    result = gate.run("--gpu-layout=tp1", place)
+    result = gate.run("--gpu-layout=tp1", place, "--gpu-baseline=check")
 
-    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["  smoke: inconclusive, *", "    median_ttft_ms * 20.0 ms *"])
     result.stdout.fnmatch_lines(["gpu layout: baselines in memory://test-url-keeps-baselines (check)"])
     assert gate.baselines == []
 
@@ -216,3 +252,72 @@ def test_url_nobody_can_open(gate: Suite) -> None:
 
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["a folder or an fsspec URL was required for baselines, found nowhere://bucket*"])
+
+
+# -- in CI -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ci(gate: Suite, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    """A gate without a baseline, in a CI."""
+    monkeypatch.setenv("CI", "true")
+    return gate
+
+
+def test_update_is_refused_in_ci_before_anything_starts(ci: Suite) -> None:
+    result = ci.run("--gpu-layout=tp1", "--gpu-baseline=update")
+
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        [
+            "ERROR: --gpu-baseline (ini: gpulayout_baseline): update writes baselines, and in CI nothing is written",
+            "  found the environment variable CI",
+            "  update them elsewhere and commit the files, or add --gpu-write-in-ci=yes",
+        ]
+    )
+    assert (ci.starts, ci.baselines) == (0, [])
+
+
+def test_new_fails_in_ci_where_nothing_is_stored(ci: Suite) -> None:
+    result = ci.run("--gpu-layout=tp1", "--gpu-baseline=new")
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "gpu layout: baselines in /*/gpu-baselines (new, nothing is written in CI)",
+            "a stored baseline was required, and there is none",
+            "  record it: run the same command with --gpu-baseline=new, and not in CI, where nothing is written (or "
+            "add --gpu-write-in-ci=yes); commit the file",
+        ]
+    )
+    assert (ci.starts, ci.baselines) == (1, [])
+
+
+def test_new_judges_in_ci_what_is_stored(gate: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
+    gate.settle()
+    monkeypatch.setenv("CI", "1")
+
+    gate.run("--gpu-layout=tp1", "--gpu-baseline=new").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("origin", ["option", "ini"])
+@pytest.mark.parametrize("mode", ["new", "update"])
+def test_baselines_are_written_in_ci_when_that_is_asked_for(ci: Suite, mode: str, origin: str) -> None:
+    if origin == "ini":
+        ci.ini("gpulayout_write_in_ci = yes")
+    allowed = ["--gpu-write-in-ci=yes"] if origin == "option" else []
+
+    result = ci.run("--gpu-layout=tp1", f"--gpu-baseline={mode}", *allowed)
+
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([f"gpu layout: baselines in /*/gpu-baselines ({mode})", "*1 baseline recorded*"])
+    assert len(ci.baselines) == 1
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "False", "no"])
+def test_what_is_no_ci(gate: Suite, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CI", value)
+
+    gate.run("--gpu-layout=tp1", "--gpu-baseline=update").stdout.fnmatch_lines(["*1 baseline recorded*"])

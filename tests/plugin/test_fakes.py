@@ -15,4 +15,5 @@ def test_documented_conftest(suite: Suite) -> None:
     suite.write(test_it=GATE + "def test_transport(transport_report): assert transport_report.verdict == 'ok'")
 
     suite.run("--gpu-layout=tp8", "--gpu-baseline=new", "--gpu-link=nvlink").assert_outcomes(passed=1)
+    suite.settle()
     suite.run("--gpu-layout=tp8", "--gpu-link=nvlink").assert_outcomes(passed=2)

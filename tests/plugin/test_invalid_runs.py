@@ -61,6 +61,7 @@ def gate(suite: Suite) -> Suite:
     """A suite with one gate and a stored baseline."""
     suite.write(test_it=GATE)
     suite.run("--gpu-layout=tp1", "--gpu-baseline=new")
+    suite.settle()
     return suite
 
 

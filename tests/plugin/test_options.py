@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,10 @@ INI_VALUES = {
     "workload": ("smoke", "workload=Workload(name='smoke'*"),
     "baseline": ("off", "baseline_mode='off'*"),
     "baseline-dir": ("memory://numbers", "baseline_dir='memory://numbers'*"),
+    "write-in-ci": ("yes", "may_write=True*"),
     "tolerance": ("p99_itl_ms=20%", "*Tolerance(metric='p99_itl_ms', fraction=0.2)*"),
+    "base": (sys.executable, f"base=BaseChoice(name='{sys.executable}', python='{sys.executable}'*"),
+    "base-vllm-args": ("--seed 'a b'", "base=BaseChoice(name=*vllm_args=('--seed', 'a b')*"),
     "starts": ("5", "starts=5*"),
     "budget": ("12.5", "budget_s=12.5*"),
     "inconclusive": ("fail", "inconclusive='fail'*"),
@@ -100,7 +104,7 @@ def test_wrong_value_names_option_and_ini_key(
     result.stderr.fnmatch_lines([f"ERROR: --gpu-{option} (ini: {key}): {message}"])
 
 
-@pytest.mark.parametrize("name", ["platform", "baseline", "inconclusive"])
+@pytest.mark.parametrize("name", ["platform", "baseline", "write-in-ci", "inconclusive"])
 def test_choices_hold_on_the_command_line_and_in_the_ini_file(suite: Suite, name: str) -> None:
     suite.write(test_it=ONE_TEST)
 
@@ -108,10 +112,11 @@ def test_choices_hold_on_the_command_line_and_in_the_ini_file(suite: Suite, name
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*argument --gpu-{name}: invalid choice: 'rocm'*"])
 
-    suite.ini(f"gpulayout_{name} = rocm")
+    key = f"gpulayout_{name.replace('-', '_')}"
+    suite.ini(f"{key} = rocm")
     result = suite.run("--gpu-layout=tp1")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: --gpu-{name} (ini: gpulayout_{name}): one of * was expected, found 'rocm'"])
+    result.stderr.fnmatch_lines([f"ERROR: --gpu-{name} (ini: {key}): one of * was expected, found 'rocm'"])
 
 
 OWN_WORKLOAD = """

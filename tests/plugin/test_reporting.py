@@ -157,5 +157,6 @@ def test_built_in_gate_needs_no_test_file(suite: Suite) -> None:
     assert result.ret == 0
     result.assert_outcomes(passed=6)
     result.stdout.fnmatch_lines(["*6 passed, 2 baseline recorded*"])
+    suite.settle()
 
     suite.run(*arguments, "-p", "fakes").assert_outcomes(passed=8)

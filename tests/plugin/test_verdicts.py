@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 
+from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from tests.support.suite import GATE, Suite
+
+
+def recorded(suite: Suite, layout: str = "tp1") -> Suite:
+    """With one gate and one stored session: TTFT 20 ms, TPOT 5 ms."""
+    suite.write(test_it=GATE)
+    suite.run(f"--gpu-layout={layout}", "--gpu-baseline=new")
+    (suite.pytester.path / "events.txt").unlink()
+    return suite
 
 
 @pytest.fixture
 def gate(suite: Suite) -> Suite:
-    """A suite with one gate and a stored baseline: TTFT 20 ms, TPOT 5 ms."""
-    suite.write(test_it=GATE)
-    suite.run("--gpu-layout=tp1", "--gpu-baseline=new")
-    (suite.pytester.path / "events.txt").unlink()
-    return suite
+    """A suite with one gate and one stored session of tp1."""
+    return recorded(suite)
+
+
+@pytest.fixture
+def settled(gate: Suite) -> Suite:
+    """The same with nine stored sessions, which leave no doubt."""
+    (file,) = gate.baselines
+    baseline = baseline_from_text(file.read_text(), str(file))
+    (session,) = baseline.sessions
+    sessions = tuple(replace(session, recorded=f"2026-11-{day:02}T08:00:00Z") for day in range(1, 10))
+    file.write_text(baseline_to_text(replace(baseline, sessions=sessions)))
+    return gate
+
+
+def failure(lines: Iterable[str]) -> list[str]:
+    """What is said of the failed test, up to the summary."""
+    text = list(lines)
+    start = next(n for n, line in enumerate(text) if line.startswith("____") and "test_speed" in line)
+    return text[start + 1 : next(n for n, line in enumerate(text) if " gpu layout ===" in line)]
 
 
 def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None:
@@ -25,10 +52,11 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
+            "regression: request_throughput fell by 23%, median_ttft_ms rose by 30% and median_tpot_ms rose *",
             "regression: median_ttft_ms 26.0 ms, allowed <= 21.6 ms (baseline 20.0 ms + 8%)",
             "    change +30.0%, interval +*% to +*%, n = * starts against 3, smallest change that could be seen *%",
             "  changed since the baseline: driver: 580.65.06 -> 999.1",
-            "  provisional: fewer than 5 stored sessions, *",
+            "  provisional: 1 stored session*",
             "  layout tp1 on 1 x NVIDIA H200 (GPU 0), model org/tiny, workload smoke",
             "  /*/gpu-baselines/org-tiny-*/tp1/*/smoke.json",
             "  accept it: pytest --gpu-model=org/tiny --gpu-layout=tp1 "
@@ -37,16 +65,101 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
     )
     result.stdout.fnmatch_lines(["    request_throughput *  -23.1%  regression"])
     result.stdout.no_fnmatch_line("*Traceback*")
-    assert gate.starts == 2
+    assert gate.starts == 3
 
 
-def test_improvement_passes(gate: Suite) -> None:
+def test_a_regression_carries_what_else_changed(suite: Suite) -> None:
+    recorded(suite, "tp2")
+    suite.fakes(driver="tpot_ms=15.0", launcher="transport='NET/IB/0'", topology="driver_version='999.1'")
+
+    result = suite.run("--gpu-layout=tp2", "--gpu-results=results.json")
+
+    result.assert_outcomes(failed=1)
+    first, *rest = failure(result.outlines)
+    sentence = (
+        "median_tpot_ms rose by 200% and request_throughput fell by 64%: decode takes longer (5.00 -> 15.0 ms a "
+        "token), the time to the first token is as before; along with it, the transport changed from P2P/CUMEM to "
+        "NET/IB/0 and the driver from 580.65.06 to 999.1 since the baseline"
+    )
+    assert first == f"regression: {sentence}"
+    table = [
+        "  beside the verdict           baseline         now              change",
+        "  time to first token, median  20.0 ms          20.0 ms          as before",
+        "  decode, per token            5.00 ms a token  15.0 ms a token  +200.0%",
+        "  changed since the baseline: transport: P2P/CUMEM -> NET/IB/0",
+        "  changed since the baseline: driver: 580.65.06 -> 999.1",
+        "  not compared, since not recorded on both sides: clocks and KV-cache size",
+    ]
+    assert rest[rest.index(table[0]) :][: len(table)] == table
+    assert not [line for line in rest[: rest.index(table[0])] if "transport" in line]
+    result.stdout.fnmatch_lines(["  smoke: regression, *", f"    {sentence}", "    metric *", f"  {table[-1]}"])
+    (record,) = (r for r in suite.read_results()["records"] if r["kind"] == "performance")
+    assert record["cause"] == [sentence, *(line.removeprefix("  ") for line in table)]
+    assert record["identity"]["covariates"]["transport"] == "NET/IB/0"
+    assert [run["gpulayout"]["observed"] for run in record["runs"]] == [
+        {"start_s": 1.0, "decode_per_token_ms": 15.0}
+    ] * len(record["runs"])
+
+
+def test_a_regression_that_nothing_else_went_along_with_says_so(suite: Suite) -> None:
+    recorded(suite, "tp2")
+    suite.fakes(driver="ttft_ms=60.0")
+
+    result = suite.run("--gpu-layout=tp2")
+
+    assert failure(result.outlines)[0].endswith(
+        ": the first token takes longer (20.0 -> 60.0 ms), decode is as before; nothing else that was recorded "
+        "changed: same vLLM, driver, wiring, transport and arguments; not compared, since not recorded on both "
+        "sides: clocks and KV-cache size"
+    )
+
+
+def test_what_devices_and_server_showed_is_stored_and_compared(suite: Suite) -> None:
+    more = """
+from pytest_gpulayout.server_window import EngineDelta, HistogramDelta, ServerWindow
+from pytest_gpulayout.telemetry import DeviceTelemetry, Telemetry
+from pytest_gpulayout.trace import Observations
+
+def pytest_gpulayout_load_driver(settings):
+    seconds = {"request_queue_time": %s, "request_prefill_time": 0.015}
+    histograms = {name: HistogramDelta(96 * mean, 96) for name, mean in seconds.items()}
+    engine = EngineDelta(replica="r", engine="0", prompt_tokens=6144, generation_tokens=3072, histograms=histograms,
+                         finished={"length": 96})
+    clocks = DeviceTelemetry(name="GPU 0", series={"sm_clock_mhz": (300.0, %s)})
+    return FakeLoadDriver(ttft_ms=%s, observations=Observations(
+        server=ServerWindow(engines=(engine,)),
+        telemetry=Telemetry(source="NVML", interval_s=0.5, devices=(clocks,))))
+"""
+    suite.fakes(more=more % (0.001, 1980.0, 20))
+    recorded(suite)
+    suite.fakes(more=more % (0.041, 1410.0, 60))
+
+    result = suite.run("--gpu-layout=tp1")
+
+    result.stdout.fnmatch_lines(
+        [
+            "regression: median_ttft_ms rose by 200%: requests wait longer in the queue (1.00 -> 41.0 ms), client, "
+            "network/front end, prefill and decode are as before; along with it, the SM clock changed from 1,980 MHz "
+            "to 1,410 MHz since the baseline",
+            "  queue                  1.00 ms          41.0 ms          41 times",
+            "  SM clock               1,980 MHz        1,410 MHz        -28.8%",
+        ]
+    )
+
+
+def test_improvement_passes_and_is_explained(gate: Suite) -> None:
     gate.fakes(driver="slow_down=0.5")
 
     result = gate.run("--gpu-layout=tp1")
 
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["  smoke: improvement, *", "    median_ttft_ms *  -50.0%  improvement"])
+    result.stdout.fnmatch_lines(
+        [
+            "  smoke: improvement, *",
+            "    request_throughput rose by 100%, *: the first token takes shorter (20.0 -> 10.0 ms) and *",
+            "    median_ttft_ms *  -50.0%  improvement",
+        ]
+    )
 
 
 def test_inconclusive_is_its_own_count_and_never_passed(gate: Suite) -> None:
@@ -60,7 +173,7 @@ def test_inconclusive_is_its_own_count_and_never_passed(gate: Suite) -> None:
     result.stdout.fnmatch_lines(
         [
             "  smoke: inconclusive, 3 server starts*",
-            "*cannot be ruled out with 3 starts now and 3 stored: allow more (--gpu-starts=5)*",
+            "*cannot be ruled out with 3 starts now and 1 stored session: *",
             "*1 inconclusive in *",
         ]
     )
@@ -130,12 +243,12 @@ def test_budget_ends_measuring(suite: Suite) -> None:
     assert suite.starts == 1
 
 
-def test_second_gate_of_a_server_goes_on_with_the_fresh_one(gate: Suite) -> None:
-    gate.write(test_it=GATE + "def test_after(vllm_server): vllm_server.server.check_alive()")
+def test_second_gate_of_a_server_goes_on_with_the_fresh_one(settled: Suite) -> None:
+    settled.write(test_it=GATE + "def test_after(vllm_server): vllm_server.server.check_alive()")
 
-    gate.run("--gpu-layout=tp1").assert_outcomes(passed=2)
+    settled.run("--gpu-layout=tp1").assert_outcomes(passed=2)
 
-    assert gate.events == ["start tp1 org/tiny", "stop tp1 org/tiny"] * gate.starts
+    assert settled.events == ["start tp1 org/tiny", "stop tp1 org/tiny"] * settled.starts
 
 
 def test_server_that_does_not_come_up_again_is_the_cause(gate: Suite) -> None:
@@ -159,18 +272,20 @@ def test_tolerance_makes_a_metric_gated_or_lax(gate: Suite) -> None:
     result.stdout.fnmatch_lines(["regression: p99_itl_ms 6.50 ms, allowed <= 5.25 ms (baseline 5.00 ms + 5%)"])
 
 
-def test_metric_that_does_not_exist_is_inconclusive(gate: Suite) -> None:
+@pytest.mark.parametrize("mode", ["check", "new", "update"])
+def test_metric_that_a_workload_cannot_have_is_never_a_pass(suite: Suite, mode: str) -> None:
     one_token = "{'input_tokens': 8, 'output_tokens': 1, 'concurrency': 1, 'requests': 4, 'name': 'one'}"
-    gate.write(test_it=f"import pytest\npytestmark = pytest.mark.gpu_workload({one_token})" + GATE)
-    gate.run("--gpu-layout=tp1", "--gpu-baseline=new")
+    suite.write(test_it=f"import pytest\npytestmark = pytest.mark.gpu_workload({one_token})" + GATE)
 
-    result = gate.run("--gpu-layout=tp1")
+    result = suite.run("--gpu-layout=tp1", f"--gpu-baseline={mode}")
 
-    result.stdout.fnmatch_lines(["*median_tpot_ms has no value now: it cannot be judged*", "*1 inconclusive*"])
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*median_tpot_ms is gated, and *"])
+    assert suite.baselines == []
 
 
-def test_verdict_is_given_to_the_test(gate: Suite) -> None:
-    gate.write(
+def test_verdict_is_given_to_the_test(settled: Suite) -> None:
+    settled.write(
         test_it="""
         def test_it(measure, perf_gate):
             verdict = perf_gate(measure("smoke"))
@@ -180,4 +295,4 @@ def test_verdict_is_given_to_the_test(gate: Suite) -> None:
         """
     )
 
-    gate.run("--gpu-layout=tp1").assert_outcomes(passed=1)
+    settled.run("--gpu-layout=tp1").assert_outcomes(passed=1)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineRun, BaselineSession
 from pytest_gpulayout.measurement import Identity, Measurement
+from pytest_gpulayout.report import performance_record, results_document
 from pytest_gpulayout.trace import BatchTrace, RequestTrace, RunTrace
+from pytest_gpulayout.verdict import Status, Verdict
 from pytest_gpulayout.workload import Workload
 
 US = 1_000
 WORKLOAD = Workload(name="small", input_tokens=8, output_tokens=3, concurrency=1, requests=1, batches=2)
 FINGERPRINT = "vllm-0.32.0-tp2-0a1b2c3d"
-H200 = {"platform": "cuda", "device": "NVIDIA H200", "count": 2, "memory_gib": 141, "links": ["NV18"]}
+H200 = {
+    "platform": "cuda",
+    "device": "NVIDIA H200",
+    "count": 2,
+    "memory_gib": 141,
+    "power_limit_w": 700,
+    "links": ["NV18"],
+}
 
 
 def key(**parts: Any) -> BaselineKey:
     """A key of two H200; ``hardware`` is merged into theirs."""
     hardware = H200 | parts.pop("hardware", {})
     standard = BaselineKey(
-        model={"name": "org/tiny", "revision": "default", "arguments": ""},
+        model={"name": "org/tiny", "revision": "default", "dtype": "bfloat16", "arguments": ""},
         layout="tp2",
         hardware=hardware,
         workload={"name": WORKLOAD.name, "fingerprint": WORKLOAD.fingerprint()},
@@ -74,3 +84,12 @@ def baseline_of(*sessions: Sequence[float], **parts: Any) -> Baseline:
 def plain_session(*values: float, metric: str = "median_tpot_ms") -> BaselineSession:
     """A stored session of one start with one metric."""
     return BaselineSession("2026-11-20T08:00:00Z", {}, {}, {}, (BaselineRun(4, {metric: values}),))
+
+
+def results_of(*measurements: Measurement, status: Status = Status.PASS, reasons: tuple[str, ...] = ()) -> str:
+    """Text of results with these measurements, each of a test of its own, all with the same verdict."""
+    records = [
+        (f"t.py::test_{number}", performance_record(Verdict(status, reasons), measurement))
+        for number, measurement in enumerate(measurements, 1)
+    ]
+    return json.dumps(results_document(records, created="2026-11-21T08:00:00Z", platform="cuda", version="0.1.0"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pytest_gpulayout.baseline import BaselineSession
+from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 
 CONFTEST = """
 import os
@@ -91,7 +95,34 @@ class Suite:
         """The stored files."""
         return sorted((self.pytester.path / "gpu-baselines").rglob("*.json"))
 
+    def settle(self, sessions: int = 9, *, spread: float = 0.002) -> None:
+        """Let each stored baseline have so many sessions like its first: what they show of the noise is settled.
+
+        :param spread: by how much sessions, and starts, differ.
+        """
+        for file in self.baselines:
+            baseline = baseline_from_text(file.read_text(), str(file))
+            first = baseline.sessions[0]
+            more = tuple(_like(first, spread * offset, spread) for offset in _offsets(sessions))
+            file.write_text(baseline_to_text(replace(baseline, sessions=more)))
+
     def read_results(self) -> dict[str, Any]:
         """What ``--gpu-results=results.json`` wrote."""
         document: dict[str, Any] = json.loads(self.results.read_text())
         return document
+
+
+def _offsets(count: int) -> Iterator[float]:
+    """0, 1, -1, 1/2, -1/2, 0, 1, ...: their mean is about 0."""
+    for number in range(count):
+        yield (0.0, 1.0, -1.0, 0.5, -0.5)[number % 5]
+
+
+def _like(session: BaselineSession, offset: float, spread: float) -> BaselineSession:
+    """A session that differs by an offset, and its starts by a spread around it."""
+    runs = []
+    for run, own in zip(session.runs, _offsets(len(session.runs)), strict=True):
+        factor = 1 + offset + spread * own
+        metrics = {name: tuple(value * factor for value in values) for name, values in run.metrics.items()}
+        runs.append(replace(run, metrics=metrics))
+    return replace(session, runs=tuple(runs))

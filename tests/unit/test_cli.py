@@ -5,18 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_gpulayout.baseline_text import baseline_to_text
-from pytest_gpulayout.metrics import batch_metrics
-from pytest_gpulayout.report import performance_record, results_document
-from pytest_gpulayout.trace import RunTrace
-from pytest_gpulayout.verdict import Status, Verdict
 from tests.native.build import (
     DRIVER_NOT_LOADED,
     FakeGpu,
@@ -26,7 +19,6 @@ from tests.native.build import (
     fake_nvml_environment,
 )
 from tests.support.command_line import Run
-from tests.support.measurements import baseline_of, key, measurement_of, run_of
 
 TOPO = """\
 \tGPU0\tGPU1\tGPU2\tCPU Affinity\tNUMA Affinity
@@ -414,189 +406,3 @@ def test_nccl_refuses_what_it_cannot_read(run: Run, name: str) -> None:
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("gpulayout: a file could not be read or written: ")
     assert f"'{name}'" in ran.err
-
-
-# -- compare ---------------------------------------------------------------------------------------------------------
-
-
-def results(*factors: float, test: str = "t.py::test_a", **changes: Any) -> str:
-    measurement = measurement_of(*factors)
-    status = changes.pop("status", Status.PASS)
-    reasons = changes.pop("reasons", ())
-    if "runs" in changes:
-        measurement = replace(measurement, runs=changes.pop("runs"))
-    record = performance_record(Verdict(status, reasons), measurement) | changes
-    written = results_document([(test, record)], created="2026-11-21", platform="cuda", version="0.1.0")
-    return json.dumps(written)
-
-
-STORED = baseline_to_text(baseline_of([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]))
-
-
-@pytest.mark.parametrize(
-    ("measured", "more", "verdict", "code"),
-    [
-        ((1.0, 1.0, 1.0), "", "pass", 0),
-        ((0.5, 0.5, 0.5), "", "improvement", 0),
-        ((1.5, 1.5, 1.5), "", "regression", 1),
-        ((1.03, 1.03, 1.03), "", "inconclusive", 3),
-        (
-            (1.03, 1.03, 1.03),
-            "--tolerance median_tpot_ms=20%,median_ttft_ms=20%,request_throughput=20%",
-            "pass",
-            0,
-        ),
-    ],
-)
-def test_compare_verdicts(run: Run, measured: tuple[float, ...], more: str, verdict: str, code: int) -> None:
-    arguments = ["compare", write("b.json", STORED), write("m.json", results(*measured)), *more.split()]
-    ran = run(*arguments, "--json")
-    assert (ran.code, ran.document["verdict"], ran.err) == (code, verdict, "")
-    for metric in ran.document["metrics"]:
-        assert {"name", "verdict", "change", "ci", "tolerance", "min_detectable"} <= set(metric)
-    text = run(*arguments)
-    assert (text.code, text.out.splitlines()[0]) == (code, f"verdict: {verdict}")
-
-
-def failed_run() -> RunTrace:
-    sound = run_of(1.0, 1.0)
-    broken = replace(run_of(1.0, error="HTTP 500").batches[0], index=1)
-    return replace(sound, batches=(sound.batches[0], broken))
-
-
-@pytest.mark.parametrize(
-    ("baseline", "measurement", "verdict", "told"),
-    [
-        (None, results(1.0), "no-baseline", "a stored baseline was required, and there is none in b.json"),
-        (STORED, None, "invalid", "results with a measurement were required, and there are none in m.json"),
-        (STORED[:-10], results(1.0), "invalid", "this file is none: it is not JSON"),
-        (STORED, results(1.0)[:-10], "invalid", "a results file was required, and this file is none: it is not JSON"),
-        (STORED, STORED, "invalid", "a results file was required, and this file is none: $"),
-        (STORED.replace("10.0", "NaN"), results(1.0), "invalid", "NaN is not a number"),
-        (STORED, results(1.0).replace("10.0", "NaN"), "invalid", "NaN is not a number"),
-        (STORED, results(1.0).replace("10.0", "0.0"), "invalid", "a metric of server start 1 is zero, missing or"),
-        (STORED, results(1.0, runs=()), "invalid", "no server start was measured"),
-        (STORED, results(1.0, runs=(failed_run(),)), "invalid", "failed-requests: 1 of 2 requests failed"),
-        (
-            STORED,
-            results(1.0, runs=(run_of(1.0, 1.0, fingerprints=["a", "b"]),)),
-            "invalid",
-            "several-servers: servers that differ answered: a, b",
-        ),
-        (STORED, results(1.0, status=Status.INVALID, reasons=("a foreign process",)), "invalid", "a foreign process"),
-        (STORED, results(1.0, status=Status.INVALID), "invalid", "it was invalid, for a reason that is not recorded"),
-        (
-            baseline_to_text(baseline_of([1.0], hardware={"device": "H100"})),
-            results(1.0),
-            "invalid",
-            "hardware.device: stored 'H100', now 'NVIDIA H200'",
-        ),
-    ],
-)
-def test_a_side_that_is_missing_or_invalid_fails(
-    run: Run, baseline: str | None, measurement: str | None, verdict: str, told: str
-) -> None:
-    for name, text in (("b.json", baseline), ("m.json", measurement)):
-        if text is not None:
-            write(name, text)
-    ran = run("compare", "b.json", "m.json", "--json")
-    assert (ran.code, ran.document["verdict"], ran.document["metrics"]) == (1, verdict, [])
-    assert told in "\n".join(ran.document["reasons"])
-    assert told in run("compare", "b.json", "m.json").out
-
-
-def test_compare_judges_the_last_of_several_and_says_so(run: Run) -> None:
-    document = json.loads(results(1.5))
-    document["records"] += json.loads(results(1.0, test="t.py::test_last"))["records"]
-    ran = run("compare", write("b.json", STORED), write("m.json", json.dumps(document)))
-    assert ran.code == 0
-    assert "  2 measurements have this key; the last one was judged, of t.py::test_last" in ran.out.splitlines()
-
-
-def test_compare_cannot_read_a_folder_or_bytes(run: Run) -> None:
-    write("b.json", STORED)
-    assert run("compare", "b.json", ".").code == 2
-    ran = run("compare", write("bytes.json", b"\xff"), "b.json")
-    assert (ran.code, "found bytes that are no UTF-8" in ran.err) == (2, True)
-
-
-# -- baseline --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stored() -> Callable[[], None]:
-    def store() -> None:
-        path = Path("gpu-baselines") / key().path
-        path.parent.mkdir(parents=True)
-        path.write_text(baseline_to_text(baseline_of([1.0, 1.2], [1.1])))
-
-    return store
-
-
-def test_baseline_list(run: Run, stored: Callable[[], None]) -> None:
-    stored()
-    ran = run("baseline", "list")
-    assert (ran.code, ran.err) == (0, "")
-    assert ran.out.splitlines() == [
-        "sessions  starts  last recorded         path",
-        f"2         3       2026-11-20T08:00:00Z  {key().path}",
-    ]
-    assert run("baseline", "list", "--json").document == {
-        "root": "gpu-baselines",
-        "baselines": [{"path": key().path, "sessions": 2, "starts": 3, "recorded": "2026-11-20T08:00:00Z"}],
-    }
-
-
-def test_baseline_list_of_nothing(run: Run) -> None:
-    ran = run("baseline", "list", "--dir", "elsewhere")
-    assert (ran.code, ran.out) == (
-        0,
-        "no baseline in elsewhere; record one: pytest --gpu-layout=SPEC --gpu-baseline=new\n",
-    )
-
-
-def test_baseline_list_tells_of_what_it_cannot_read(run: Run, stored: Callable[[], None]) -> None:
-    stored()
-    write("gpu-baselines/corrupt.json", "{")
-    Path("gpu-baselines/folder.json").mkdir()
-    ran = run("baseline", "list")
-    assert ran.code == 2
-    assert key().path in ran.out
-    assert "in gpu-baselines/corrupt.json" in ran.err
-    assert "folder.json" in ran.err
-
-
-def test_baseline_show(run: Run, stored: Callable[[], None]) -> None:
-    stored()
-    lines = run("baseline", "show", key().path).out.splitlines()
-    assert lines[0] == "model: name org/tiny, revision default"
-    assert lines[3] == "layout: tp2, protocol 1"
-    assert lines[4:6] == [
-        "session 2026-11-20T08:00:00Z: 2 starts of 2 requests",
-        "  driver 570.1, vllm 0.32.0, host node1",
-    ]
-    [row] = [line for line in lines if line.startswith("median_ttft_ms")]
-    assert row.split() == ["median_ttft_ms", "110", "ms", "100", "ms", "120", "ms", "3"]
-    document = run("baseline", "show", key().path, "--json").document
-    assert document == json.loads((Path("gpu-baselines") / key().path).read_text())
-
-
-@pytest.mark.parametrize(
-    ("path", "told"),
-    [
-        ("nothing.json", "expected in gpu-baselines/nothing.json\n  see what there is: gpulayout baseline list"),
-        ("../outside.json", "a baseline must lie inside gpu-baselines, found the path '../outside.json'"),
-        ("corrupt.json", "this file is none: it is not JSON"),
-    ],
-)
-def test_baseline_show_says_what_is_wrong(run: Run, stored: Callable[[], None], path: str, told: str) -> None:
-    stored()
-    write("gpu-baselines/corrupt.json", "{")
-    write("outside.json", STORED)
-    ran = run("baseline", "show", path)
-    assert (ran.code, ran.out, told in ran.err) == (2, "", True)
-
-
-def test_numbers_of_the_results_are_those_of_the_measurement() -> None:
-    written = json.loads(results(1.25))["records"][0]["runs"][0]["gpulayout"]["batches"]
-    assert [batch["metrics"] for batch in written] == batch_metrics(measurement_of(1.25).runs[0])

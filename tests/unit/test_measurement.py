@@ -81,6 +81,16 @@ def test_what_was_wrong_beside_a_run_is_a_problem_of_that_start() -> None:
     assert measurement.problems() == ("foreign-process: pid 7 train.py is on GPU 0 (server start 2)",)
 
 
+def test_what_else_was_seen_belongs_to_its_start_and_is_stored_with_it() -> None:
+    measurement = (
+        measurement_of(1.0).with_run(run_of(1.0, 1.0), observed={"start_s": 41.2}).with_run(run_of(1.0, 1.0))
+    )
+    assert measurement.observed() == ({}, {"start_s": 41.2}, {})
+    session = measurement.as_session("2026-11-20T08:00:00Z")
+    assert [run.observed for run in session.runs] == [{}, {"start_s": 41.2}, {}]
+    assert not {"start_s"} & set(session.runs[1].metrics)
+
+
 def test_a_run_without_a_batch_is_no_measurement() -> None:
     with pytest.raises(MeasurementError, match="a metric needs at least one batch"):
         measured(run_of()).problems()

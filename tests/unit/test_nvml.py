@@ -224,6 +224,28 @@ def test_one_gpu(probe: Probe) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("telemetry", "watts"),
+    [
+        ({"set_power_limit_mw": 500_000, "power_limit_mw": 250_000, "default_power_limit_mw": 700_000}, 500),
+        ({"set_power_limit_mw": 349_999}, 350),
+        ({"power_limit_mw": 250_000}, None),
+        ({}, None),
+    ],
+)
+def test_the_power_limit_is_the_one_that_is_set(probe: Probe, telemetry: dict[str, int], watts: int | None) -> None:
+    topology = probe(FakeMachine([FakeGpu(telemetry=telemetry)]))
+    assert (topology.devices[0].power_limit_w, topology.notes) == (watts, ())
+
+
+def test_a_power_limit_that_is_kept_secret_is_noted(probe: Probe) -> None:
+    topology = probe(FakeMachine(errors={"nvmlDeviceGetPowerManagementLimit": NO_PERMISSION}))
+    assert topology.devices[0].power_limit_w is None
+    assert topology.notes == (
+        "power limit of GPU 0: not known, nvmlDeviceGetPowerManagementLimit says 'Insufficient Permissions'",
+    )
+
+
 def test_gpus_of_grace_have_memory_of_their_own(probe: Probe) -> None:
     devices = probe(machine_document("gb200-tray-4")).devices
     assert [device.gpu_numa_id for device in devices] == [2, 10, 18, 26]

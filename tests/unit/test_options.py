@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from pytest_gpulayout.options import OPTIONS, gpu_options
-from pytest_gpulayout.settings import RESERVED_ARGUMENTS, check_model, marker_arguments, parse_vllm_arguments
+from pytest_gpulayout.settings import (
+    RESERVED_ARGUMENTS,
+    check_model,
+    is_ci,
+    marker_arguments,
+    parse_vllm_arguments,
+)
 
 
 @pytest.fixture
@@ -127,3 +133,16 @@ def test_options_and_ini_keys_go_together() -> None:
 def test_our_options_of_a_command_line_as_one_word_each() -> None:
     arguments = ["-x", "--gpu-layout", "tp2", "tests", "--gpu-vllm-args=--seed 7", "-k", "--gpu"]
     assert gpu_options(arguments) == ["--gpu-layout=tp2", "--gpu-vllm-args=--seed 7"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        *[({"CI": value}, True) for value in ("true", "1", "yes", "True", "woodpecker")],
+        *[({"CI": value}, False) for value in ("", " ", "0", "false", "FALSE", "no")],
+        ({}, False),
+        ({"GITHUB_ACTIONS": "true"}, False),
+    ],
+)
+def test_ci_is_known_by_one_variable(environment: dict[str, str], expected: bool) -> None:
+    assert is_ci(environment) is expected

@@ -117,7 +117,7 @@ def test_regression() -> None:
         Status.REGRESSION,
         metrics=(RATE, TPOT),
         changed=("driver: 570.1 -> 580.2",),
-        provisional=True,
+        provisional="1 stored session; the spread rests partly on the documented prior",
         baseline_path="gpu-baselines/tiny/tp2/smoke.json",
     )
     assert verdict_lines(verdict, WHERE, UPDATE) == [
@@ -127,11 +127,31 @@ def test_regression() -> None:
         "pass: request_throughput 99.0 req/s, allowed >= 97.5 req/s (baseline 100 req/s - 2.5%)",
         "    change -1.0%, interval -3.0% to +1.0%, n = 1 start against 9, smallest change that could be seen 4.5%",
         "  changed since the baseline: driver: 570.1 -> 580.2",
-        "  provisional: fewer than 5 stored sessions, the spread rests mostly on the documented prior",
+        "  provisional: 1 stored session; the spread rests partly on the documented prior",
         f"  {WHERE}",
         "  gpu-baselines/tiny/tp2/smoke.json",
         f"  accept it: {UPDATE}",
     ]
+
+
+def test_the_sentence_comes_first_and_the_table_after_the_numbers_with_each_change_once() -> None:
+    verdict = Verdict(
+        Status.REGRESSION,
+        reasons=("a waiver ended on 2026-11-20 (new kernel): judged against the level before it",),
+        metrics=(TPOT,),
+        changed=("driver: 570.1 -> 580.2",),
+        cause=(
+            "median_tpot_ms rose by 21%: decode takes longer",
+            "a table",
+            "changed since the baseline: driver ...",
+        ),
+        drift="wiring differs from the baseline's: ranks 0-1 NV18 -> NV12",
+    )
+    lines = verdict_lines(verdict, WHERE, UPDATE)
+    assert lines[:2] == [verdict.drift, "regression: median_tpot_ms rose by 21%: decode takes longer"]
+    assert lines[2].startswith("regression: median_tpot_ms 11.9 ms, allowed")
+    assert lines[4:7] == [f"  {verdict.reasons[0]}", "  a table", "  changed since the baseline: driver ..."]
+    assert lines[7] == f"  {WHERE}"
 
 
 def test_inconclusive_gives_its_reasons_first() -> None:
@@ -141,6 +161,14 @@ def test_inconclusive_gives_its_reasons_first() -> None:
     assert lines[0] == "inconclusive: too noisy"
     assert lines[1].startswith("inconclusive: median_tpot_ms")
     assert lines[3].startswith("pass: request_throughput")
+
+
+def test_an_improvement_beside_what_is_inconclusive_is_called_so() -> None:
+    unclear, better = replace(TPOT, status=Status.INCONCLUSIVE), replace(RATE, status=Status.IMPROVEMENT)
+    verdict = Verdict(Status.INCONCLUSIVE, ("too noisy",), metrics=(better, unclear), cause=("it rose", "a table"))
+    lines = verdict_lines(verdict, WHERE, UPDATE)
+    assert lines[:2] == ["inconclusive: too noisy", "improvement: it rose"]
+    assert "  a table" in lines
 
 
 def test_invalid() -> None:
@@ -256,14 +284,27 @@ def test_summary() -> None:
         ("t.py::test_a", performance(1.5, changed=("driver: 570.1 -> 580.2",))),
     ]
     lines = summary_lines(records)
-    assert lines[:3] == [
+    assert lines[:4] == [
         "tp2: worst link SYS (recorded in topo.txt) FAILED",
         "  small: regression, 2 server starts  [t.py::test_a]",
+        "    request_throughput fell by 33%, median_ttft_ms rose by 50% and median_tpot_ms rose by 50%: the first "
+        "token takes longer (100 -> 150 ms) and decode takes longer (10.0 -> 15.0 ms a token); nothing else that was "
+        "recorded changed: same vLLM and driver; not compared, since not recorded on both sides: wiring, "
+        "transport, clocks, KV-cache size and arguments",
         "    metric                    value    baseline  change  verdict",
     ]
     assert "    median_ttft_ms           150 ms      100 ms  +50.0%  regression" in lines
     assert "    p99_tpot_ms             15.0 ms     10.0 ms  +50.0%  not gated" in lines
-    assert lines[-1] == "    changed since the baseline: driver: 570.1 -> 580.2"
+    assert lines[-1] == "    decode, per token, median    10.0 ms a token  15.0 ms a token  +50.0%"
+
+
+def test_summary_of_results_without_a_cause() -> None:
+    record = performance(1.0, changed=("driver: 570.1 -> 580.2",), reasons=())
+    assert record["cause"] == []
+    for written in (record, {name: value for name, value in record.items() if name != "cause"}):
+        lines = summary_lines([("t", written)])
+        assert lines[2].split() == ["metric", "value", "baseline", "change", "verdict"]
+        assert lines[-1] == "    changed since the baseline: driver: 570.1 -> 580.2"
 
 
 def test_summary_of_a_recording() -> None:

@@ -42,6 +42,34 @@ def test_problems_come_back_whatever_the_verdict_says() -> None:
     assert measurement.runs == ()
 
 
+def test_what_else_was_seen_comes_back_with_its_start() -> None:
+    seen = {"start_s": 41.2, "preemptions": 0.0}
+    measurement = measurement_of(1.0).with_run(run_of(1.0, 1.0), observed=seen)
+    records = [("t.py::test_a", performance_record(Verdict(Status.PASS), measurement))]
+    written = results_document(records, created="2026-11-21", platform="cuda", version="0.1.0")
+    read_back = read(written)
+    assert read_back.observed() == measurement.observed() == ({}, seen)
+    assert read_back.runs == measurement.as_session("2026-11-21").runs
+    for run in runs(written):
+        del run["gpulayout"]["observed"]
+    assert read(written).observed() == ({}, {})
+
+
+@pytest.mark.parametrize("value", [-1.0, "41 s", None])
+def test_what_else_was_seen_is_numbers(value: object) -> None:
+    written = document()
+    runs(written)[0]["gpulayout"]["observed"] = {"start_s": value}
+    assert validate(written, "results") != []
+
+
+def test_the_cause_is_part_of_the_document() -> None:
+    verdict = Verdict(Status.REGRESSION, cause=("median_tpot_ms rose by 21%: ...", "a table"))
+    records = [("t.py::test_a", performance_record(verdict, measurement_of(1.0)))]
+    written = results_document(records, created="2026-11-21", platform="cuda", version="0.1.0")
+    assert validate(written, "results") == []
+    assert written["records"][0]["cause"] == list(verdict.cause)
+
+
 @pytest.mark.parametrize(("failed", "problems"), [(0, ()), (1, ("1 of 2 requests failed on server start 2",))])
 def test_results_of_a_version_that_did_not_keep_its_findings(failed: int, problems: tuple[str, ...]) -> None:
     written = document()

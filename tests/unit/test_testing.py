@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,9 +256,46 @@ def test_failures_of_requests_and_runs() -> None:
 def test_baselines_are_kept() -> None:
     store = InMemoryBaselines({"b.json": "old"})
 
-    store.write("a.json", "one")
-    store.write("b.json", "two")
+    assert store.update("a.json", lambda before: f"one, after {before}") is False
+    assert store.update("b.json", lambda before: f"two, after {before}") is True
 
-    assert (store.read("a.json"), store.read("b.json"), store.read("c.json")) == ("one", "two", None)
+    assert (store.read("a.json"), store.read("b.json")) == ("one, after None", "two, after old")
+    assert store.read("c.json") is None
     assert store.paths() == ["a.json", "b.json"]
     assert store.root == "memory"
+
+
+def test_baselines_can_be_removed() -> None:
+    store = InMemoryBaselines({"b.json": "old"})
+
+    assert store.update("b.json", lambda before: None) is True
+    assert store.update("b.json", lambda before: None) is False
+
+    assert store.paths() == []
+
+
+def test_a_change_of_a_baseline_that_fails_changes_nothing() -> None:
+    store = InMemoryBaselines({"b.json": "old"})
+
+    with pytest.raises(ZeroDivisionError):
+        store.update("b.json", lambda before: str(1 / 0))
+
+    assert store.texts == {"b.json": "old"}
+
+
+def test_baselines_lose_nothing_between_threads() -> None:
+    store = InMemoryBaselines()
+    start = threading.Barrier(8)
+
+    def append(number: int) -> None:
+        start.wait()
+        for turn in range(50):
+            store.update("a.json", lambda before, line=f"{number}.{turn}\n": (before or "") + line)  # type: ignore[misc]
+
+    threads = [threading.Thread(target=append, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len((store.read("a.json") or "").splitlines()) == 400

@@ -76,6 +76,17 @@ def test_margin_is_the_worst_value_allowed_on_the_log_scale(fraction: float) -> 
     assert math.exp(-Tolerance("request_throughput", fraction).margin) == pytest.approx(1 - fraction)
 
 
+@given(st.floats(0.001, 0.9), st.sampled_from(["median_ttft_ms", "request_throughput"]))
+def test_a_margin_has_one_fraction(fraction: float, metric: str) -> None:
+    tolerance = Tolerance(metric, fraction)
+    assert tolerance.fraction_of(tolerance.margin) == pytest.approx(fraction)
+
+
+def test_a_change_beyond_all_numbers_is_still_a_number() -> None:
+    assert math.isfinite(Tolerance("median_ttft_ms", 0.05).fraction_of(1e9))
+    assert Tolerance("request_throughput", 0.05).fraction_of(1e9) == 1.0
+
+
 @pytest.mark.parametrize(
     ("fraction", "text"), [(0.05, "5%"), (0.07, "7%"), (0.025, "2.5%"), (0.001, "0.1%"), (1.0, "100%"), (12, "1200%")]
 )

@@ -223,6 +223,25 @@ def test_option_that_the_engine_took(config: str, value: bool | None) -> None:
     assert option is None or option.evidence.text == f"disable_custom_all_reduce={value}"
 
 
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        (
+            "model='m', dtype=torch.bfloat16, max_seq_len=2048, quantization=None, quantization_config=None",
+            "bfloat16",
+        ),
+        ("model='m', dtype=torch.float16, quantization=awq_marlin, kv_cache_dtype=fp8", "float16 awq_marlin"),
+        ("model='dtype=torch.float32, ', dtype=torch.float16, quantization=None", "float16"),
+        ("model='m', dtype=torch.bfloat16, served_model_name=quantization_fp8", "bfloat16"),
+        ("model='m', kv_cache_dtype=auto", None),
+    ],
+)
+def test_dtype_that_the_engine_took(config: str, dtype: str | None) -> None:
+    start = "Initializing a V1 LLM engine (v0.32.0) with config: "
+    assert parse_vllm_log([said("core.py", start + config, level="INFO")]).dtype == dtype
+    assert parse_vllm_log([said("serving_chat.py", start + config, level="INFO")]).dtype is None
+
+
 @pytest.mark.parametrize("message", [BACKENDS, *(message for _, message, fact in OFF if fact)])
 @pytest.mark.parametrize(
     "line",

@@ -1,0 +1,115 @@
+"""The sentences beside a verdict in stored mode: what it rests on, why it is open, and what it would take.
+
+Knows verdicts, stored sessions and the options that a user may type. Leaves the numbers to
+:mod:`~pytest_gpulayout.verdict` and lines and tables to :mod:`~pytest_gpulayout.report`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pytest_gpulayout.baseline import BaselineSession, Reference
+from pytest_gpulayout.metrics import METRICS
+from pytest_gpulayout.report import plural
+from pytest_gpulayout.tolerance import percent_text
+from pytest_gpulayout.verdict import MOST_STARTS, MetricVerdict, Status
+
+FEW_SESSIONS = 5
+"""A verdict on fewer stored sessions is provisional, wherever its spread comes from."""
+
+
+def why_again(metrics: Sequence[MetricVerdict], number: int, most: int) -> str:
+    """``start 1 of at most 3 does not decide median_tpot_ms (+2.1%, between -3.0% and +7.4%): one more``."""
+    open_ones = [metric for metric in metrics if metric.status is Status.INCONCLUSIVE]
+    told = ", ".join(f"{m.name} ({m.change:+.1%}, between {m.ci[0]:+.1%} and {m.ci[1]:+.1%})" for m in open_ones)
+    return f"start {number} of at most {most} does not decide {told or 'all metrics'}: one more"
+
+
+def waiver_text(reference: Reference) -> str:
+    """That a waiver is in force, or over; ``""`` where the level is no waiver's."""
+    accepted = reference.accepted
+    if accepted is None or not accepted.until:
+        return ""
+    if reference.is_expired:
+        return f"a waiver ended on {accepted.until} ({accepted.reason}): judged against the level before it"
+    return f"a waiver until {accepted.until} is in force: {accepted.reason}"
+
+
+def left_out_text(sessions: Sequence[BaselineSession], sizes: Iterable[float]) -> str:
+    """That stored sessions are of another sample size, and are not compared with; ``""`` for none."""
+    if not sessions:
+        return ""
+    found = ", ".join(f"{size:g}" for size in sorted({run.batch_size for one in sessions for run in one.runs}))
+    now = ", ".join(f"{size:g}" for size in sorted(sizes))
+    return f"{plural(len(sessions), 'stored session')} left out: {found} requests in a batch there, {now} now"
+
+
+def why_provisional(
+    reference: Reference, epoch: Mapping[str, Any], metrics: Sequence[MetricVerdict], sources: Sequence[str]
+) -> str:
+    """Why a verdict rests on less than it should, ``""`` where it does not.
+
+    :param epoch: of the measurement. :param sources: where what is assumed of each metric's noise comes from.
+    """
+    count = len(reference.sessions)
+    told = []
+    if unsettled := dict.fromkeys(s for s, m in zip(sources, metrics, strict=True) if not m.is_settled):
+        told.append(f"{plural(count, 'stored session')}; the spread rests partly on {', '.join(unsettled)}")
+    elif count < FEW_SESSIONS:
+        told.append(f"{plural(count, 'stored session')} of this level and epoch")
+    if reference.newest.epoch != epoch:
+        told.append(f"none of this epoch is stored, compared with {reference.newest.recorded[:10]}")
+    return "; ".join(told)
+
+
+def why_open(metrics: Sequence[MetricVerdict], starts: int) -> list[str]:
+    """For each metric that is not decided, what was seen and what it would take. :param starts: allowed per gate."""
+    return [
+        f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
+        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with "
+        f"{plural(metric.n_current, 'start')} now and {plural(metric.n_sessions, 'stored session')}: "
+        f"{what_it_takes(metric, starts)}"
+        for metric in metrics
+        if metric.status is Status.INCONCLUSIVE
+    ]
+
+
+def what_it_takes(metric: MetricVerdict, starts: int) -> str:
+    """What to do for a verdict on a metric that has none. :param starts: that the gate may make now."""
+    accept = f"accept a larger tolerance (--gpu-tolerance={metric.name}={percent_text(_enough(metric))})"
+    needed = metric.requirement
+    if metric.n_current < starts:
+        return f"the budget ended before {plural(starts, 'start')}; allow more seconds (--gpu-budget), or {accept}"
+    if needed is None:
+        return accept
+    if needed.starts is not None and needed.starts > starts:
+        return f"allow more starts (--gpu-starts={needed.starts}), or {accept}"
+    if needed.starts is not None:
+        return f"it lies near the limit; {_narrow(starts)}, or {accept}"
+    if needed.sessions is not None:
+        return (
+            f"store {needed.sessions} sessions (--gpu-baseline=update, or gpulayout baseline approve RESULTS.json) "
+            f"and allow {MOST_STARTS} starts, or {accept}"
+        )
+    return (
+        f"this machine's noise hides changes below {percent_text(_rounded_up(needed.smallest))} whatever is "
+        f"measured: {accept}, or compare in pairs (--gpu-base)"
+    )
+
+
+def _narrow(starts: int) -> str:
+    if starts < MOST_STARTS:
+        return f"more starts narrow it (--gpu-starts={min(starts + 2, MOST_STARTS)})"
+    return "more stored sessions narrow it (gpulayout baseline approve RESULTS.json)"
+
+
+def _enough(metric: MetricVerdict) -> float:
+    """The smallest tolerance, in steps of 0.1 %, with which these numbers would have passed."""
+    worst = metric.ci[1] if METRICS[metric.name].better == "lower" else -metric.ci[0]
+    return _rounded_up(max(metric.min_detectable, worst))
+
+
+def _rounded_up(fraction: float) -> float:
+    return math.ceil(fraction * 1000) / 1000
