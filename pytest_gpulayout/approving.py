@@ -7,7 +7,7 @@ planned oldest first, each against what the ones before it leave. Asking people,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pytest_gpulayout.approval import add_session, change_text, is_change
@@ -175,6 +175,7 @@ def _take(
     if refusals:
         return step, baseline
     reason = terms.reason or "gpulayout baseline approve"
+    baseline = replace(baseline, key=baseline.key.completed_by(measurement.identity.key))
     return step, add_session(baseline, session, verdict, reason=reason, until=terms.until, today=terms.today)
 
 

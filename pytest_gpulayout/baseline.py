@@ -19,7 +19,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pytest_gpulayout.errors import LayoutSyntaxError
@@ -88,6 +88,15 @@ class BaselineKey:
             elif not _matches(name, before, now):
                 found.append(f"{name}: stored {_told(name, before)}, now {_told(name, now)}")
         return tuple(found)
+
+    def completed_by(self, measured: BaselineKey) -> BaselineKey:
+        """Return this stored key with what was not known of it, where a measurement that matches it knows."""
+        parts: dict[str, dict[str, Any]] = {"model": dict(self.model), "hardware": dict(self.hardware)}
+        for name in _MAY_BE_UNKNOWN:
+            part, _, field_name = name.partition(".")
+            if parts[part][field_name] in (None, ""):
+                parts[part][field_name] = getattr(measured, part)[field_name]
+        return replace(self, **parts)
 
     def link_of_pairs(self) -> dict[str, str]:
         """Return the link of each pair of ranks, ``{"0-1": "NV18"}``; by number where the layout is not known."""

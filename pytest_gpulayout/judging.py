@@ -388,6 +388,7 @@ def _append(measurement: Measurement, inputs: GateInputs) -> Verdict:
             return baseline_to_text(Baseline(key, (session,)))
         compared = judge_once(measurement, stored, inputs.policy, Look(1, 1), priors=priors, today=today, place=place)
         notes = _what_moved(compared)
+        stored = replace(stored, key=stored.key.completed_by(key))
         return baseline_to_text(add_session(stored, session, compared, reason="--gpu-baseline=update"))
 
     existed = store.update(key.path, add)

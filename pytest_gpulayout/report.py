@@ -149,7 +149,7 @@ def verdict_lines(verdict: Verdict, where: str, update_command: str) -> list[str
     lines += [f"  {part}" for part in (where, verdict.baseline_path) if part]
     if verdict.status is Status.INVALID:
         lines.append("  nothing was judged or stored: mend the cause and run again")
-    elif verdict.metrics:
+    elif any(metric.status is not Status.PASS for metric in verdict.metrics):
         lines.append(f"  accept it: {update_command}")
     return lines
 

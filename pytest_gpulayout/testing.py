@@ -577,7 +577,7 @@ class FakeLoadDriver:
 
 
 class InMemoryBaselines:
-    """A store without files, for code that judges through :mod:`pytest_gpulayout.gate`. :param texts: by path."""
+    """A store without files, for code that judges through :mod:`pytest_gpulayout.judging`. :param texts: by path."""
 
     def __init__(self, texts: Mapping[str, str] | None = None, *, root: str = "memory") -> None:
         self.root = root

@@ -190,3 +190,13 @@ def test_a_baseline_of_less_knowledge_is_no_sibling_of_itself() -> None:
     found = same_but_links(store_of(known_less, other), key())
     assert found is not None
     assert found.key == other
+
+
+def test_what_was_not_known_of_a_stored_key_is_filled_in_by_what_is_measured_now() -> None:
+    known = key()
+    hardware = {**known.hardware, "power_limit_w": None, "memory_gib": known.hardware["memory_gib"] - 1}
+    stored = replace(known, model={**known.model, "dtype": ""}, hardware=hardware)
+    completed = stored.completed_by(known)
+    assert (completed.model, completed.hardware["power_limit_w"]) == (known.model, 700)
+    assert completed.hardware["memory_gib"] == hardware["memory_gib"], "what is known stays as it is"
+    assert not known.differences(completed)
