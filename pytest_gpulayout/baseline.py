@@ -91,12 +91,13 @@ class BaselineKey:
 
     def completed_by(self, measured: BaselineKey) -> BaselineKey:
         """Return this stored key with what was not known of it, where a measurement that matches it knows."""
-        parts: dict[str, dict[str, Any]] = {"model": dict(self.model), "hardware": dict(self.hardware)}
+        model, hardware = dict(self.model), dict(self.hardware)
         for name in _MAY_BE_UNKNOWN:
             part, _, field_name = name.partition(".")
-            if parts[part][field_name] in (None, ""):
-                parts[part][field_name] = getattr(measured, part)[field_name]
-        return replace(self, **parts)
+            mine, theirs = (model, measured.model) if part == "model" else (hardware, measured.hardware)
+            if mine[field_name] in (None, ""):
+                mine[field_name] = theirs[field_name]
+        return replace(self, model=model, hardware=hardware)
 
     def link_of_pairs(self) -> dict[str, str]:
         """Return the link of each pair of ranks, ``{"0-1": "NV18"}``; by number where the layout is not known."""
