@@ -28,6 +28,7 @@ from pytest_gpulayout.pairs import (
     spread_of_starts,
 )
 from pytest_gpulayout.ports import BaselineStore
+from pytest_gpulayout.reasons import stopped_early
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.tolerance import Tolerance, percent_text
 from pytest_gpulayout.trace import RunTrace
@@ -125,7 +126,7 @@ class _Pairing:
         self.spreads, self.spread_text = self._stored_spreads()
 
     def run(self) -> PairedResult:
-        """Measure and look, until every gated metric is decided or nothing may be added."""
+        """Measure and look, until the verdict is clear or nothing may be added."""
         for number, candidate_first in enumerate(self.order, 1):
             if problems := self._block(number, candidate_first):
                 return self._invalid(problems)
@@ -133,7 +134,7 @@ class _Pairing:
             histories = self._histories()
             metrics = self._judge(histories, number, is_last=last)
             self.inputs.say(self._block_line(number, metrics, histories))
-            if last or (is_look(number, self.inputs.blocks) and not any(map(_is_open, metrics))):
+            if last or (is_look(number, self.inputs.blocks) and _is_clear(metrics)):
                 break
         return self._result(metrics, histories)
 
@@ -270,6 +271,8 @@ class _Pairing:
         """Say for each metric that is not decided what was seen, and what it would take."""
         assert self.base is not None
         done = len(self.base.runs)
+        if overall_status(metrics) is Status.REGRESSION:
+            return stopped_early(metrics)
         reasons = [
             f"{m.name}: changed by {m.change:+.1%}, interval {m.ci[0]:+.1%} to {m.ci[1]:+.1%}; a change of "
             f"{percent_text(m.tolerance)} cannot be ruled out with {plural(done, 'block')}: "
@@ -335,6 +338,11 @@ def _prompt_tokens(run: RunTrace) -> int:
 
 def _output_tokens(run: RunTrace) -> int:
     return sum(request.output_tokens for request in run.requests)
+
+
+def _is_clear(metrics: Sequence[MetricVerdict]) -> bool:
+    """Whether no further block can change the verdict of them all: a metric that got worse stays so."""
+    return overall_status(metrics) is Status.REGRESSION or not any(map(_is_open, metrics))
 
 
 def _is_open(metric: MetricVerdict) -> bool:

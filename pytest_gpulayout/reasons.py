@@ -14,7 +14,7 @@ from pytest_gpulayout.baseline import BaselineSession, Reference
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.tolerance import percent_text
-from pytest_gpulayout.verdict import MOST_STARTS, MetricVerdict, Status
+from pytest_gpulayout.verdict import MOST_STARTS, MetricVerdict, Status, overall_status
 
 FEW_SESSIONS = 5
 """A verdict on fewer stored sessions is provisional, wherever its spread comes from."""
@@ -64,8 +64,16 @@ def why_provisional(
     return "; ".join(told)
 
 
+def stopped_early(metrics: Sequence[MetricVerdict]) -> list[str]:
+    """That metrics are left undecided because another one got worse, which no further start would change."""
+    open_ones = [metric.name for metric in metrics if metric.status is Status.INCONCLUSIVE]
+    return [f"not decided, since a regression ends the gate: {', '.join(open_ones)}"] if open_ones else []
+
+
 def why_open(metrics: Sequence[MetricVerdict], starts: int) -> list[str]:
     """For each metric that is not decided, what was seen and what it would take. :param starts: allowed per gate."""
+    if overall_status(metrics) is Status.REGRESSION:
+        return stopped_early(metrics)
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
         f"a change of {percent_text(metric.tolerance)} cannot be ruled out with "
