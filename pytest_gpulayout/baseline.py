@@ -155,6 +155,14 @@ class BaselineRun:
         return self.requests / max(map(len, self.metrics.values()), default=1)
 
 
+def as_stored(value: float) -> float:
+    """Eight significant digits: short in a diff, and never rounded down to zero.
+
+    Fresh and saved measurements are stored alike: a session that is stored already is recognised by its numbers.
+    """
+    return float(f"{value:.8g}")
+
+
 def fold_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, ...]]:
     """Turn (n_batches,) of metrics into each metric's (n_batches,) values; one that a batch lacks is left out."""
     names = [name for name in batches[0] if all(name in batch for batch in batches)]

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from pytest_gpulayout.baseline import Baseline, BaselineSession, LevelStart, Reference
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.report import aligned, plural, quantity
-from pytest_gpulayout.standing import log_sessions, mean_of_means
-from pytest_gpulayout.verdict import changed_fields
+from pytest_gpulayout.verdict import changed_fields, log_sessions, mean_of_means
 
 Happened = Literal["new", "removed", "changed"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineRun, BaselineSession, LevelStart
 from pytest_gpulayout.errors import BaselineCorrupt
-from pytest_gpulayout.schemas import validate
+from pytest_gpulayout.schemas import refuse_constant, validate
 
 SCHEMA_VERSION = 2
 
@@ -65,7 +65,7 @@ def baseline_from_text(text: str, path: str) -> Baseline:
     if line := _conflict_line(text):
         raise _unmerged(path, line)
     try:
-        document = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+        document = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, f"it is not JSON ({error})") from None
     if (version := _version(document)) > SCHEMA_VERSION:
@@ -87,10 +87,6 @@ def _conflict_line(text: str) -> int:
     """1-based number of the first line that ``git merge`` marked, 0 without one; no line of JSON begins so."""
     lines = enumerate(text.split("\n"), start=1)
     return next((number for number, line in lines if line.startswith(_CONFLICT_MARKERS)), 0)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

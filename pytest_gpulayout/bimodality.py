@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pytest_gpulayout.stats import mean, sum_of_squares
+
 FEWEST_STARTS = 16
 """Starts that it takes to tell; fewer fall into two groups by chance too often."""
 
@@ -42,18 +44,9 @@ def find_modes(logs: Sequence[float]) -> tuple[Mode, ...]:
         return ()
     fewest = math.ceil(SMALLEST_SHARE * count)
     cuts = [(values[:cut], values[cut:]) for cut in range(1, count)]
-    low, high = min(cuts, key=lambda parts: _squares(parts[0]) + _squares(parts[1]))
+    low, high = min(cuts, key=lambda parts: sum_of_squares(parts[0]) + sum_of_squares(parts[1]))
     if min(len(low), len(high)) < fewest:
         return ()
-    within = max(math.sqrt(_squares(part) / (len(part) - 1)) for part in (low, high))
-    modes = tuple(Mode(_mean(part), len(part) / count) for part in (low, high))
+    within = max(math.sqrt(sum_of_squares(part) / (len(part) - 1)) for part in (low, high))
+    modes = tuple(Mode(mean(part), len(part) / count) for part in (low, high))
     return modes if modes[1].center - modes[0].center > _GAP * within else ()
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _squares(values: Sequence[float]) -> float:
-    mean = _mean(values)
-    return math.fsum((value - mean) ** 2 for value in values)

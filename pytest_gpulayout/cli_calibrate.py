@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpulayout.cli_common import FAILED, FINE, Outcome, as_count, command, typed
+from pytest_gpulayout.cli_common import FAILED, FINE, Outcome, as_count, command, read_text, typed
 from pytest_gpulayout.cli_store import add_tolerance
 from pytest_gpulayout.errors import GpuLayoutError, MeasurementError
 from pytest_gpulayout.options import OPTION, gpu_options
@@ -133,7 +133,8 @@ def _read(path: str, notes: list[str]) -> Iterator[tuple[BaselineKey, tuple[Base
     """The sessions of a results file, or of the newest level and epoch of a baseline."""
     from pytest_gpulayout.baseline_text import baseline_from_text
 
-    text = _text(path)
+    advice = "name files of --gpu-results, of --save, or of gpulayout baseline list"
+    text = read_text(path, "results or a baseline were required", advice)
     if not _is_baseline(text):
         yield from _sessions_of_results(text, path)
         return
@@ -143,16 +144,6 @@ def _read(path: str, notes: list[str]) -> Iterator[tuple[BaselineKey, tuple[Base
         notes.append(f"gpulayout: {left_out} sessions of {path} are of another level or epoch, or older: left out")
     for session in sessions:
         yield baseline.key, session.runs
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise GpuLayoutError(
-            f"results or a baseline were required, found bytes that are no UTF-8: {error.reason}\n  in {path}\n"
-            "  name files of --gpu-results, of --save, or of gpulayout baseline list"
-        ) from error
 
 
 def _is_baseline(text: str) -> bool:

@@ -61,6 +61,20 @@ def typed(parse: Callable[[str], T]) -> Callable[[str], T]:
     return read
 
 
+def read_text(path: str, required: str, advice: str) -> str:
+    """Read a file that a user named.
+
+    :raises GpuLayoutError: it is no UTF-8. :raises OSError: it cannot be opened.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise GpuLayoutError(
+            f"{required}, found bytes that are no UTF-8: {error.reason}\n  in {path}\n  {advice}"
+        ) from error
+
+
 def as_layout(text: str) -> Layout:
     """Read a layout."""
     from pytest_gpulayout.layout import parse_layout

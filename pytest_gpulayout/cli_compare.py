@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpulayout.cli_common import FAILED, FINE, UNDECIDED, Outcome, command, typed
-from pytest_gpulayout.errors import GpuLayoutError
+from pytest_gpulayout.cli_common import FAILED, FINE, UNDECIDED, Outcome, command, read_text
+from pytest_gpulayout.cli_store import add_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,21 +35,13 @@ def declare_compare(commands: Any) -> None:
     )
     parser.add_argument("baseline", metavar="BASELINE.json", help="what counts as usual")
     parser.add_argument("measurement", metavar="MEASUREMENT.json", help="what is judged")
-    parser.add_argument(
-        "--tolerance", type=typed(_tolerances), default="", metavar="METRIC=5%,...", help="as --gpu-tolerance"
-    )
+    add_tolerance(parser)
     parser.add_argument(
         "--platform",
         choices=("cuda", "cpu"),
         default="cuda",
         help="whose noise to assume of files that do not tell their platform (default: cuda)",
     )
-
-
-def _tolerances(text: str) -> object:
-    from pytest_gpulayout.tolerance import parse_tolerances
-
-    return parse_tolerances(text)
 
 
 def _compare(arguments: argparse.Namespace) -> Outcome:
@@ -136,13 +128,8 @@ def _compare_files(arguments: argparse.Namespace) -> Sequence[Compared]:
 
 
 def _text(path: str) -> str | None:
+    advice = "name a baseline, or results of --gpu-results or of vllm bench serve --save-result"
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_text(path, "a JSON document was required", advice)
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise GpuLayoutError(
-            f"a JSON document was required, found bytes that are no UTF-8: {error.reason}\n  in {path}\n"
-            "  name a baseline, or results of --gpu-results or of vllm bench serve --save-result"
-        ) from error

@@ -7,7 +7,7 @@ import os
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
-from pytest_gpulayout.cli_common import typed
+from pytest_gpulayout.cli_common import read_text, typed
 from pytest_gpulayout.errors import GpuLayoutError
 
 if TYPE_CHECKING:
@@ -135,12 +135,5 @@ def read_results(path: str) -> tuple[RecordedMeasurement, ...]:
     """
     from pytest_gpulayout.results import measurements_from_text
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise GpuLayoutError(
-            f"a results file was required, found bytes that are no UTF-8: {error.reason}\n  in {path}\n"
-            "  name a file of --gpu-results"
-        ) from error
+    text = read_text(path, "a results file was required", "name a file of --gpu-results")
     return measurements_from_text(text, path)

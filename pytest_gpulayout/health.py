@@ -17,10 +17,10 @@ from pytest_gpulayout.judging import NOISE_PRIORS
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.reasons import FEW_SESSIONS
 from pytest_gpulayout.report import plural
-from pytest_gpulayout.standing import log_sessions, stand
+from pytest_gpulayout.standing import stand
 from pytest_gpulayout.stats import t_cdf, variance
 from pytest_gpulayout.tolerance import Tolerance, percent_text
-from pytest_gpulayout.verdict import Look, MetricHistory, judge_metrics, overall_status
+from pytest_gpulayout.verdict import Look, MetricHistory, judge_metrics, log_sessions, overall_status
 
 DRIFT_ALARM = 0.01
 """Probability that sessions in no order are called drifting, over all gated metrics of a baseline together."""

@@ -16,11 +16,19 @@ from pytest_gpulayout.attribution import explain
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, Reference
 from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from pytest_gpulayout.drift import describe_drift
-from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotFound
+from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotFound, DevicesBusy
 from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
-from pytest_gpulayout.reasons import left_out_text, waiver_text, why_again, why_open, why_provisional
+from pytest_gpulayout.reasons import (
+    left_out_text,
+    replaced_texts,
+    waiver_text,
+    why_again,
+    why_open,
+    why_provisional,
+    why_replaced,
+)
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.siblings import nearest_key, same_but_links, sibling_priors
 from pytest_gpulayout.stats import SETTLED_DF, NoisePrior, median
@@ -45,6 +53,10 @@ NOISE_PRIORS: Mapping[str, NoisePrior] = {
     "cpu": NoisePrior(start_sd=0.06, session_sd=0.04),
 }
 """Spread that is assumed until stored sessions show their own, by platform; docs/statistics.md says why these."""
+
+MOST_REPLACED = 2
+"""Disturbed starts that fresh ones take the place of, per gate: on a machine that disturbs more of them, choosing the
+calm ones would no longer tell how fast it is."""
 
 PriorOf = Callable[[str], NoisePrior]
 """What is assumed of the noise of a metric, by its name."""
@@ -87,10 +99,19 @@ class GateInputs:
 def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     """Judge a measurement, restarting the server as often as the verdict needs and the policy allows.
 
+    A start that the machine disturbed is replaced by a fresh one, and the verdict says so.
+
     :returns: the verdict and the measurement with all its starts.
     :raises BaselineNotFound: mode ``check`` and nothing is stored; the message names the nearest key and the field
         that differs. :raises BaselineCorrupt: :raises BaselineForeign: what is stored cannot be used.
     """
+    if inputs.policy.mode != "off":
+        measurement = _undisturbed(measurement, inputs)
+    verdict, measurement = _judge(measurement, inputs)
+    return replace(verdict, reasons=(*verdict.reasons, *replaced_texts(measurement.replaced))), measurement
+
+
+def _judge(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     policy, key = inputs.policy, measurement.identity.key
     if invalid := invalid_verdict(measurement, _place(inputs.store, key)):
         return invalid, measurement
@@ -137,15 +158,52 @@ def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateIn
     today = inputs.now_utc()[:10]
     while True:
         number = len(measurement.runs)
-        last = number >= policy.starts or over_budget(number, inputs)
+        last = number >= policy.starts or _over_budget(measurement, inputs)
         look = Look(policy.starts if last else number, policy.starts)
         verdict = judge_once(measurement, baseline, policy, look, priors=priors, today=today, place=place)
         if last or verdict.status is not Status.INCONCLUSIVE:
             return verdict, measurement
         inputs.say(why_again(verdict.metrics, number, policy.starts))
-        measurement = inputs.measure_again(measurement)
+        measurement = _undisturbed(inputs.measure_again(measurement), inputs)
         if unfit := _unfit_verdict(measurement, inputs):
             return unfit, measurement
+
+
+def _undisturbed(measurement: Measurement, inputs: GateInputs) -> Measurement:
+    return undisturbed(
+        measurement,
+        inputs.measure_again,
+        name=f"server start {len(measurement.runs)}",
+        may_start=lambda so_far: not _over_budget(so_far, inputs),
+        say=inputs.say,
+    )
+
+
+def undisturbed(
+    measurement: Measurement,
+    measure_again: Callable[[Measurement], Measurement],
+    *,
+    name: str,
+    may_start: Callable[[Measurement], bool],
+    say: Callable[[str], None],
+    elsewhere: int = 0,
+) -> Measurement:
+    """Let a fresh start take the place of the last one where that was disturbed, as often as is allowed.
+
+    :param name: of the last start, for the line that is said. :param may_start: whether there is time for one more.
+    :param elsewhere: starts that the same gate has replaced in another measurement.
+    :returns: a measurement of as many starts; its last one is still disturbed where replacing it did not help.
+    """
+    while len(measurement.replaced) + elsewhere < MOST_REPLACED and measurement.is_last_disturbed():
+        if not may_start(measurement):
+            break
+        shorter = measurement.without_last()
+        say(why_replaced(name, shorter.replaced[-1]))
+        try:
+            measurement = measure_again(shorter)
+        except DevicesBusy:  # who disturbed it is still there
+            break
+    return measurement
 
 
 def invalid_verdict(measurement: Measurement, place: str) -> Verdict | None:
@@ -176,8 +234,9 @@ def _unfit_verdict(measurement: Measurement, inputs: GateInputs) -> Verdict | No
     return Verdict(Status.INVALID, reasons=unfit, baseline_path=place) if unfit else None
 
 
-def over_budget(starts: int, inputs: GateInputs) -> bool:
+def _over_budget(measurement: Measurement, inputs: GateInputs) -> bool:
     """Whether one more start, as long as those so far, would end after the budget."""
+    starts = len(measurement.runs) + len(measurement.replaced)
     budget, elapsed = inputs.policy.budget_s, inputs.elapsed_s()
     return budget is not None and elapsed + elapsed / starts > budget
 
@@ -228,8 +287,7 @@ def judge_once(
     histories = _histories(measurement, reference, policy, priors)
     metrics = judge_metrics(histories, look) if histories else ()
     missing = _not_stored(policy, histories)
-    before, _ = of_batch_size(baseline.reference(epoch, today=_NO_WAIVER), sizes)
-    waiver = _of_waiver(whole, measurement, before, policy, look, priors)
+    waiver = _of_waiver(whole, baseline, measurement, policy, look, priors)
     told = (*missing, left_out_text(left_out, sizes), *waiver, *why_open(metrics, policy.starts))
     changed = what_changed(whole.newest, measurement.identity)
     return Verdict(
@@ -304,18 +362,19 @@ _NO_WAIVER = "9999-12-31"  # a day on which each of them is over
 
 def _of_waiver(
     reference: Reference,
+    baseline: Baseline,
     measurement: Judgeable,
-    before: Reference,
     policy: GatePolicy,
     look: Look,
     priors: PriorOf | None,
 ) -> list[str]:
-    """That a waiver is in force, or over, or no longer needed.
-
-    :param before: what counts when it is over; numbers as good as those need no waiver.
-    """
+    """That a waiver is in force, or over, or no longer needed: numbers as good as those before it need none."""
     told, accepted = [waiver_text(reference)], reference.accepted
-    if accepted is None or not accepted.until or reference.is_expired or not before.is_expired:
+    if accepted is None or not accepted.until or reference.is_expired:
+        return told
+    without = baseline.reference(measurement.identity.epoch, today=_NO_WAIVER)
+    before, _ = of_batch_size(without, measurement.batch_sizes())
+    if not before.is_expired:
         return told
     histories = _histories(measurement, before, policy, priors)
     if not _not_stored(policy, histories) and overall_status(judge_metrics(histories, look)).passed:
@@ -334,8 +393,8 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
         raise _not_allowed(place)
     with suppress(BaselineForeign) if inputs.policy.mode == "update" else nullcontext():
         load_baseline(inputs.store, key)  # a file that cannot be used is told before more is measured
-    while len(measurement.runs) < inputs.policy.starts and not over_budget(len(measurement.runs), inputs):
-        measurement = inputs.measure_again(measurement)
+    while len(measurement.runs) < inputs.policy.starts and not _over_budget(measurement, inputs):
+        measurement = _undisturbed(inputs.measure_again(measurement), inputs)
         if unfit := _unfit_verdict(measurement, inputs):
             return unfit, measurement
     if inputs.policy.mode == "update":

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches
+from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, as_stored, fold_batches
 from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.trace import RunTrace
-from pytest_gpulayout.validity import Problem, find_problems
+from pytest_gpulayout.validity import PASSING, Problem, find_problems
 from pytest_gpulayout.verdict import MetricSample
 from pytest_gpulayout.workload import Workload
 
@@ -52,6 +52,7 @@ class Measurement:
     :param runs: (n_starts,), one per fresh server start, oldest first.
     :param disturbances: what was wrong beside a run and does not show in its trace, by its position.
     :param sightings: what else was seen of a start, by its position; see :meth:`observed`.
+    :param replaced: (n_replaced,) what disturbed each start that a fresh one took the place of.
     """
 
     identity: Identity
@@ -59,6 +60,7 @@ class Measurement:
     runs: tuple[RunTrace, ...]
     disturbances: Mapping[int, tuple[Problem, ...]] = field(default_factory=dict)
     sightings: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
     # Metrics take 0.1 s for a million gaps and are asked for one by one; a run never changes, so its are computed
     # once. By position: a trace is too large to be hashed.
     _computed: dict[int, list[dict[str, float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -81,6 +83,21 @@ class Measurement:
         longer._computed.update(self._computed)
         longer._found.update(self._found)
         return longer
+
+    def without_last(self) -> Measurement:
+        """Return this measurement without its last server start, whose problems are kept as :attr:`replaced`."""
+        last = len(self.runs) - 1
+        why = "; ".join(map(str, self.problems_of(last)))
+        shorter = replace(
+            self,
+            runs=self.runs[:last],
+            disturbances={n: found for n, found in self.disturbances.items() if n < last},
+            sightings={n: seen for n, seen in self.sightings.items() if n < last},
+            replaced=(*self.replaced, why),
+        )
+        shorter._computed.update((n, batches) for n, batches in self._computed.items() if n < last)
+        shorter._found.update((n, found) for n, found in self._found.items() if n < last)
+        return shorter
 
     def batch_metrics(self) -> list[list[dict[str, float]]]:
         """Return (n_starts,) of (n_batches,) metrics by name.
@@ -112,6 +129,11 @@ class Measurement:
             self._found[position] = (*found, *self.disturbances.get(position, ()))
         return self._found[position]
 
+    def is_last_disturbed(self) -> bool:
+        """Whether nothing is wrong with the last server start but what a fresh one would probably not meet."""
+        found = self.problems_of(len(self.runs) - 1) if self.runs else ()
+        return bool(found) and all(problem.kind in PASSING for problem in found)
+
     def problems(self) -> tuple[str, ...]:
         """Say why these numbers must be neither judged nor stored; empty when they are sound."""
         if not self.runs:
@@ -124,14 +146,9 @@ class Measurement:
         runs = []
         for run, batches, observed in zip(self.runs, self.batch_metrics(), self.observed(), strict=True):
             metrics = fold_batches(batches)
-            rounded = {name: tuple(map(_rounded, values)) for name, values in metrics.items()}
+            rounded = {name: tuple(map(as_stored, values)) for name, values in metrics.items()}
             runs.append(BaselineRun(len(run.requests), rounded, dict(observed)))
         identity = self.identity
         return BaselineSession(
             recorded, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology
         )
-
-
-def _rounded(value: float) -> float:
-    """Eight significant digits: short in a diff, and never rounded down to zero."""
-    return float(f"{value:.8g}")

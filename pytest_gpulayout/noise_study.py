@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pytest_gpulayout.baseline import BaselineRun
 from pytest_gpulayout.bimodality import Mode, find_modes
 from pytest_gpulayout.errors import MeasurementError
-from pytest_gpulayout.stats import NoisePrior, Spread, estimate_spread, variance
+from pytest_gpulayout.stats import NoisePrior, Spread, estimate_spread, mean, variance
 from pytest_gpulayout.tolerance import Tolerance
 from pytest_gpulayout.verdict import (
     FALSE_ALARM,
@@ -201,7 +201,7 @@ def _logs(sessions: Sequence[Sequence[BaselineRun]], metric: str) -> _Logs:
 
 def _metric_noise(logs: _Logs, tolerance: Tolerance, prior: NoisePrior, metrics: int) -> MetricNoise:
     values = [[_median_log(batches) for batches in session] for session in logs]
-    floor = _mean([variance(batches) / len(batches) for session in logs for batches in session])
+    floor = mean([variance(batches) / len(batches) for session in logs for batches in session])
     spread = estimate_spread(values, (), values[-1][:1], prior, start_variance_floor=floor)
 
     def reach(stored: int, starts: int) -> float:
@@ -245,12 +245,12 @@ def variance_components(logs: _Logs) -> tuple[Component, ...]:
     :returns: batches, starts, sessions; without those of which there is only one.
     """
     starts = [batches for session in logs for batches in session]
-    means = [[_mean(batches) for batches in session] for session in logs]
+    means = [[mean(batches) for batches in session] for session in logs]
     of_batches, batches_df = _pooled(starts)
     of_starts, starts_df = _pooled(means)
-    of_sessions, sessions_df = _pooled([[_mean(session) for session in means]])
-    per_start = _mean([1 / len(batches) for batches in starts])
-    per_session = _mean([1 / len(session) for session in means])
+    of_sessions, sessions_df = _pooled([[mean(session) for session in means]])
+    per_start = mean([1 / len(batches) for batches in starts])
+    per_session = mean([1 / len(session) for session in means])
     found = (
         _component("batches", (of_batches, batches_df), (0.0, 1)),
         _component("starts", (of_starts, starts_df), (of_batches * per_start, batches_df)),
@@ -291,10 +291,6 @@ def _difference_interval(s1: float, n1: int, s2: float, n2: int) -> tuple[float,
     below = g1**2 * s1**2 + h2**2 * s2**2 + g12 * s1 * s2
     above = h1**2 * s1**2 + g2**2 * s2**2 + h12 * s1 * s2
     return s1 - s2 - math.sqrt(max(0.0, below)), s1 - s2 + math.sqrt(max(0.0, above))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 # -- same against same ---------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ one where there is one, and writes nothing. The statistics are in :mod:`~pytest_
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
 
 from pytest_gpulayout.attribution import explain
 from pytest_gpulayout.baseline import Reference
-from pytest_gpulayout.errors import BaselineError, GpuLayoutError, MeasurementError, ServerError
-from pytest_gpulayout.judging import advisory_changes, invalid_verdict, load_baseline, unjudgeable
+from pytest_gpulayout.errors import BaselineError, MeasurementError, ServerError
+from pytest_gpulayout.judging import advisory_changes, invalid_verdict, load_baseline, undisturbed, unjudgeable
 from pytest_gpulayout.measurement import Identity, Measurement
 from pytest_gpulayout.pairs import (
     FEWEST_BLOCKS,
@@ -28,7 +28,7 @@ from pytest_gpulayout.pairs import (
     spread_of_starts,
 )
 from pytest_gpulayout.ports import BaselineStore
-from pytest_gpulayout.reasons import stopped_early
+from pytest_gpulayout.reasons import replaced_texts, stopped_early
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.tolerance import Tolerance, percent_text
 from pytest_gpulayout.trace import RunTrace
@@ -150,23 +150,45 @@ class _Pairing:
         return self._token_difference(number)
 
     def _measure_candidate(self, number: int, seed: int) -> tuple[str, ...]:
-        if number > 1:
-            try:
-                self.candidate = self.candidate.with_run(*self.inputs.start_candidate(seed))
-            except (ServerError, MeasurementError) as error:
-                _fail("candidate", number, error)
+        def once_more(measurement: Measurement) -> Measurement:
+            return measurement.with_run(*self.inputs.start_candidate(seed))
+
+        with _blaming("candidate", number):
+            if number > 1:
+                self.candidate = once_more(self.candidate)
+            self.candidate = self._undisturbed("candidate", self.candidate, once_more, self.base)
         return self._problems("candidate", self.candidate)
 
     def _measure_base(self, number: int, seed: int) -> tuple[str, ...]:
-        side = self.inputs.base
-        try:
-            start = side.start(seed)
-        except (ServerError, MeasurementError) as error:
-            _fail(f"base {side.name}", number, error)
-        if self.base is None:
-            self.base = Measurement(side.identify(self.candidate.identity), self.candidate.workload, ())
-        self.base = self.base.with_run(*start)
-        return self._problems(f"base {side.name}", self.base)
+        def once_more(measurement: Measurement | None) -> Measurement:
+            start = self.inputs.base.start(seed)
+            if measurement is None:  # it can be asked what it is once it has run
+                identity = self.inputs.base.identify(self.candidate.identity)
+                measurement = Measurement(identity, self.candidate.workload, ())
+            return measurement.with_run(*start)
+
+        side = f"base {self.inputs.base.name}"
+        with _blaming(side, number):
+            self.base = self._undisturbed(side, once_more(self.base), once_more, self.candidate)
+        return self._problems(side, self.base)
+
+    def _undisturbed(
+        self,
+        side: str,
+        measurement: Measurement,
+        once_more: Callable[[Measurement], Measurement],
+        other: Measurement | None,
+    ) -> Measurement:
+        """Let a fresh start take the place of a disturbed one. :param other: the other side, if it has run."""
+        number = len(measurement.runs)
+        return undisturbed(
+            measurement,
+            once_more,
+            name=f"{side}: the server of block {number}",
+            may_start=lambda _: not self._over_budget(number),
+            say=self.inputs.say,
+            elsewhere=len(other.replaced) if other else 0,
+        )
 
     def _problems(self, side: str, measurement: Measurement) -> tuple[str, ...]:
         """Say whose numbers are not sound, and which start's."""
@@ -249,7 +271,8 @@ class _Pairing:
     # -- telling ---------------------------------------------------------------------------------------------------
 
     def _invalid(self, problems: tuple[str, ...]) -> PairedResult:
-        verdict = Verdict(Status.INVALID, reasons=problems, baseline_path=f"base {self.inputs.base.name}")
+        reasons = (*problems, *self._replaced())
+        verdict = Verdict(Status.INVALID, reasons=reasons, baseline_path=f"base {self.inputs.base.name}")
         return PairedResult(verdict, self.candidate, self.base)
 
     def _result(self, metrics: tuple[MetricVerdict, ...], histories: Sequence[PairedHistory]) -> PairedResult:
@@ -310,7 +333,14 @@ class _Pairing:
                 "the base was one server throughout: how lucky its start was is in every block, so it counts as one "
                 "draw, and the intervals are wider; a Python or a folder as --gpu-base is restarted for each block"
             )
-        return [*lines, *side.remarks()]
+        return [*lines, *self._replaced(), *side.remarks()]
+
+    def _replaced(self) -> list[str]:
+        base = self.base.replaced if self.base else ()
+        return [
+            *replaced_texts(self.candidate.replaced, "of the candidate "),
+            *replaced_texts(base, f"of the base {self.inputs.base.name} "),
+        ]
 
 
 def differences_of_sides(base: Identity, candidate: Identity) -> tuple[str, ...]:
@@ -326,10 +356,14 @@ def differences_of_sides(base: Identity, candidate: Identity) -> tuple[str, ...]
     )
 
 
-def _fail(side: str, number: int, error: GpuLayoutError) -> NoReturn:
-    """Say whose server it was; the rest of the message is complete."""
-    kind = ServerError if isinstance(error, ServerError) else MeasurementError
-    raise kind(f"the {side} of paired mode could not be measured in block {number}\n{error}") from error
+@contextmanager
+def _blaming(side: str, number: int) -> Iterator[None]:
+    """Say whose server it was that failed; the rest of the message is complete."""
+    try:
+        yield
+    except (ServerError, MeasurementError) as error:
+        kind = ServerError if isinstance(error, ServerError) else MeasurementError
+        raise kind(f"the {side} of paired mode could not be measured in block {number}\n{error}") from error
 
 
 def _prompt_tokens(run: RunTrace) -> int:

@@ -39,8 +39,8 @@ from functools import lru_cache
 from pytest_gpulayout.baseline import is_measurement
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import METRICS
-from pytest_gpulayout.stats import POWER, Effect, t_quantile
-from pytest_gpulayout.tolerance import LARGEST_LOG, Tolerance
+from pytest_gpulayout.stats import POWER, SMALLEST_VARIANCE, Effect, mean, sum_of_squares, t_quantile
+from pytest_gpulayout.tolerance import Tolerance, relative_change
 from pytest_gpulayout.verdict import (
     FALSE_ALARM,
     MISS,
@@ -67,7 +67,7 @@ MOST_STORED_DF = 16.0
 _GUARD = 0.90
 _PRECISION = 1e-3
 _MOST_NONCENTRALITY = 30.0
-_SMALLEST_VARIANCE = 1e-12  # equal numbers to the last digit: a test of their difference still needs a width
+
 
 OVERALL = (0.05, 0.01, 0.005, 0.0033, 0.0025, 0.002, 0.0016, 0.0014, 0.0012, 0.001, 0.0005)
 """Overall levels of the tables: a miss, and a false alarm of 1, 2, 3, 4, 5, 6, 7, 8, 10 and 20 gated metrics."""
@@ -123,7 +123,7 @@ def spread_of_starts(groups: Sequence[Samples]) -> StartSpread | None:
     """
     sessions = [[math.log(sample.value) for sample in session] for group in groups for session in group]
     df = sum(len(session) - 1 for session in sessions)
-    return StartSpread(sum(map(_squares, sessions)) / df, float(df)) if df > 0 else None
+    return StartSpread(sum(map(sum_of_squares, sessions)) / df, float(df)) if df > 0 else None
 
 
 def judge_pairs(
@@ -200,7 +200,7 @@ class _Pairs:
         df = min(stored.df, MOST_STORED_DF)
         variance = stored.variance * (2 if self.history.base_restarts else 1)
         own_df = len(differences) - 1
-        if _squares(differences) / own_df > variance * _f_quantile(_GUARD, own_df, df):
+        if sum_of_squares(differences) / own_df > variance * _f_quantile(_GUARD, own_df, df):
             return 0.0, 0.0
         return variance, df
 
@@ -208,8 +208,8 @@ class _Pairs:
         """The estimate, the variance of a difference, and the stored degrees of freedom in it."""
         stored, stored_df = self.stored(differences)
         df = stored_df + len(differences) - 1
-        variance = max((stored_df * stored + _squares(differences)) / df, _SMALLEST_VARIANCE)
-        return Effect(_mean(differences), self.error(variance, len(differences)), df), variance, stored_df
+        variance = max((stored_df * stored + sum_of_squares(differences)) / df, SMALLEST_VARIANCE)
+        return Effect(mean(differences), self.error(variance, len(differences)), df), variance, stored_df
 
     def error(self, variance: float, blocks: int) -> float:
         """Standard error of the mean difference; a base that is one draw adds the variance of a start."""
@@ -292,14 +292,14 @@ def _verdict(pairs: _Pairs, differences: Sequence[float], last: int, status: Sta
     alarm, miss = pairs.levels(stored_df)
     below, above = (miss, alarm) if status is Status.IMPROVEMENT else (alarm, miss)
     reach = _smallest(lambda c: pairs.missed(c, variance, stored_df, last, pairs.most), tolerance.margin)
-    base = _mean([math.log(sample.value) for sample in pairs.history.base[:blocks]])
-    bounds = sorted((_change(sign * effect.lower(below)), _change(sign * effect.upper(above))))
+    base = mean([math.log(sample.value) for sample in pairs.history.base[:blocks]])
+    bounds = sorted((relative_change(sign * effect.lower(below)), relative_change(sign * effect.upper(above))))
     return MetricVerdict(
         name=tolerance.metric,
         status=status,
         baseline=math.exp(base),
         current=math.exp(base + sign * effect.size),
-        change=_change(sign * effect.size),
+        change=relative_change(sign * effect.size),
         ci=(bounds[0], bounds[1]),
         tolerance=tolerance.fraction,
         min_detectable=tolerance.fraction_of(reach),
@@ -309,10 +309,6 @@ def _verdict(pairs: _Pairs, differences: Sequence[float], last: int, status: Sta
         is_settled=True,
         requirement=_require(pairs, variance, stored_df) if status is Status.INCONCLUSIVE else None,
     )
-
-
-def _change(log_ratio: float) -> float:
-    return math.expm1(min(log_ratio, LARGEST_LOG))
 
 
 def _require(pairs: _Pairs, variance: float, stored_df: float) -> Requirement:
@@ -354,16 +350,6 @@ def _differences(history: PairedHistory) -> list[float]:
     """(n_blocks,) of candidate less base on the log scale, larger is worse."""
     sign = -1.0 if METRICS[history.tolerance.metric].better == "higher" else 1.0
     return [sign * math.log(c.value / b.value) for c, b in zip(history.candidate, history.base, strict=True)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _squares(values: Sequence[float]) -> float:
-    """Sum of squares about the mean."""
-    mean = _mean(values)
-    return math.fsum((value - mean) ** 2 for value in values)
 
 
 def _f_quantile(probability: float, df: float, other_df: float) -> float:

@@ -27,6 +27,16 @@ def why_again(metrics: Sequence[MetricVerdict], number: int, most: int) -> str:
     return f"start {number} of at most {most} does not decide {told or 'all metrics'}: one more"
 
 
+def why_replaced(start: str, problems: str) -> str:
+    """``server start 2 was disturbed, and is measured anew (unstable: ...)``. :param start: in words."""
+    return f"{start} was disturbed, and is measured anew ({problems})"
+
+
+def replaced_texts(replaced: Iterable[str], whose: str = "") -> list[str]:
+    """What became of starts that were disturbed. :param replaced: the problems of each. :param whose: in words."""
+    return [f"a server start {whose}was disturbed, and measured anew ({problems})" for problems in replaced]
+
+
 def waiver_text(reference: Reference) -> str:
     """That a waiver is in force, or over; ``""`` where the level is no waiver's."""
     accepted = reference.accepted

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, fold_batches, is_measurement
+from pytest_gpulayout.baseline import (
+    BaselineKey,
+    BaselineRun,
+    BaselineSession,
+    as_stored,
+    fold_batches,
+    is_measurement,
+)
 from pytest_gpulayout.baseline_text import complete_key
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.measurement import Identity
@@ -46,17 +53,13 @@ class RecordedMeasurement:
     def as_session(self) -> BaselineSession:
         """Return what a baseline stores of this, as :meth:`Measurement.as_session` would have."""
         runs = (
-            replace(run, metrics={name: tuple(map(_rounded, values)) for name, values in run.metrics.items()})
+            replace(run, metrics={name: tuple(map(as_stored, values)) for name, values in run.metrics.items()})
             for run in self.runs
         )
         identity = self.identity
         return BaselineSession(
             self.created, identity.epoch, identity.sut, identity.covariates, tuple(runs), identity.topology
         )
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.8g}")  # as a measurement is stored: a session is recognised by its numbers
 
 
 def measurements_from_text(text: str, path: str) -> tuple[RecordedMeasurement, ...]:

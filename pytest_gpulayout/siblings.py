@@ -15,6 +15,7 @@ from pytest_gpulayout.errors import BaselineError
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
 from pytest_gpulayout.stats import SETTLED_DF, NoisePrior, estimate_spread
+from pytest_gpulayout.verdict import log_sessions
 
 MOST_BORROWED_DF = 16.0
 """Weight of a borrowed variance; it is of something else, however well it is known there."""
@@ -84,15 +85,14 @@ def borrowed_prior(baseline: Baseline, metric: str, source: str) -> NoisePrior |
     level, others = reference.level_samples(metric), reference.other_samples(metric)
     if not level or METRICS.get(metric) is None:
         return None
-    logs = [[[math.log(sample.value) for sample in session] for session in group] for group in (level, *others)]
+    logs = [log_sessions(group) for group in (level, *others)]
     nothing = NoisePrior(0.0, 0.0, start_df=_NO_DF, session_df=_NO_DF)
     spread = estimate_spread(logs[0], logs[1:], logs[0][-1][:1], nothing, start_variance_floor=0.0)
     if spread.own_df < SETTLED_DF or spread.start_df < SETTLED_DF:
         return None
-    of_sessions = max(0.0, spread.mean_variance - spread.start_variance * spread.inverse_starts)
     return NoisePrior(
         start_sd=math.sqrt(spread.start_variance),
-        session_sd=math.sqrt(of_sessions),
+        session_sd=math.sqrt(spread.session_variance),
         start_df=min(spread.start_df, MOST_BORROWED_DF),
         session_df=min(spread.mean_df, MOST_BORROWED_DF),
         source=f"the noise of {source}",

@@ -6,7 +6,7 @@ Judges nothing; the same spread and the same smallest change as in a verdict, fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from pytest_gpulayout.baseline import Baseline, Reference
@@ -15,9 +15,18 @@ from pytest_gpulayout.judging import NOISE_PRIORS, PriorOf
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.reasons import FEW_SESSIONS
 from pytest_gpulayout.report import plural
-from pytest_gpulayout.stats import Spread, estimate_spread, variance
+from pytest_gpulayout.stats import Spread, estimate_spread
 from pytest_gpulayout.tolerance import Tolerance
-from pytest_gpulayout.verdict import MOST_STARTS, MetricSample, Requirement, Samples, detectable, require
+from pytest_gpulayout.verdict import (
+    MOST_STARTS,
+    Requirement,
+    Samples,
+    batch_noise,
+    detectable,
+    log_sessions,
+    mean_of_means,
+    require,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +102,13 @@ def stand(
         level, others = reference.level_samples(name), reference.other_samples(name)
         if level:
             prior = documented if priors is None else priors(name)
+            starts_of_all = [start for group in (level, *others) for session in group for start in session]
             spread = estimate_spread(
                 log_sessions(level),
                 [log_sessions(group) for group in others],
                 log_sessions(level)[-1][:1],
                 prior,
-                start_variance_floor=_batch_noise(level, others),
+                start_variance_floor=batch_noise(starts_of_all),
             )
             found.append(_standing(name, level, spread, tolerances, starts))
     return Standing(reference, tuple(found))
@@ -108,12 +118,11 @@ def _standing(
     name: str, level: Samples, spread: Spread, tolerances: Mapping[str, Tolerance], starts: int
 ) -> MetricStanding:
     logs = log_sessions(level)
-    between = max(0.0, spread.mean_variance - spread.start_variance * spread.inverse_starts)
     standing = MetricStanding(
         name=name,
         mean=math.exp(mean_of_means(logs)),
         start_sd=math.sqrt(spread.start_variance),
-        session_sd=math.sqrt(between),
+        session_sd=math.sqrt(spread.session_variance),
         sessions=len(level),
         starts=sum(map(len, level)),
         is_settled=spread.is_settled,
@@ -144,20 +153,3 @@ def takes_text(metric: MetricStanding, starts: int) -> str:
     if needed.sessions is not None:
         return f"{plural(needed.sessions, 'stored session')} and --gpu-starts={MOST_STARTS}"
     return f"a tolerance of {needed.smallest:.1%}, or pairs (--gpu-base)"
-
-
-def log_sessions(sessions: Samples) -> list[list[float]]:
-    """Logs of the starts of each session."""
-    return [[math.log(sample.value) for sample in session] for session in sessions]
-
-
-def mean_of_means(logs: Sequence[Sequence[float]]) -> float:
-    """Mean over sessions of their means over starts."""
-    return math.fsum(math.fsum(session) / len(session) for session in logs) / len(logs)
-
-
-def _batch_noise(level: Samples, others: Sequence[Samples]) -> float:
-    """Variance that a start's value has from its batches alone, as a verdict has it."""
-    samples: list[MetricSample] = [s for group in (level, *others) for session in group for s in session]
-    per_start = [variance([math.log(batch) for batch in s.batches]) / len(s.batches) for s in samples]
-    return math.fsum(per_start) / len(per_start)

@@ -112,6 +112,11 @@ class Spread:
     prior_df: float
     is_settled: bool
 
+    @property
+    def session_variance(self) -> float:
+        """Between sessions, without what comes from their starts."""
+        return max(0.0, self.mean_variance - self.start_variance * self.inverse_starts)
+
     def of_prediction(self, starts: int, *, sessions: int | None = None) -> tuple[float, float]:
         """Return the standard error, and its degrees of freedom, of a new session's mean less the stored mean.
 
@@ -166,17 +171,17 @@ def estimate_spread(
     if not current or not level or not all(sessions):
         raise MeasurementError("an effect needs at least one start now and one in every stored session; found none")
     start_variance, start_df, starts_settled = _start_variance([current, *sessions], prior, start_variance_floor)
-    inverse = [_mean([1 / len(session) for session in group]) for group in groups]
+    inverse = [mean([1 / len(session) for session in group]) for group in groups]
     df = [len(group) - 1.0 for group in groups]
     own_df = sum(df)
     weight = 0.0 if own_df >= SETTLED_DF else prior.session_df
     assumed = prior.session_sd**2 + start_variance * inverse[0]
-    squares = math.fsum(_squares([_mean(session) for session in group]) for group in groups)
+    squares = math.fsum(sum_of_squares([mean(session) for session in group]) for group in groups)
     pooled = (weight * inverse[0] + math.fsum(map(operator.mul, df, inverse))) / (weight + own_df)
     return Spread(
         start_variance=start_variance,
         start_df=start_df,
-        mean_variance=max((weight * assumed + squares) / (weight + own_df), _SMALLEST_VARIANCE),
+        mean_variance=max((weight * assumed + squares) / (weight + own_df), SMALLEST_VARIANCE),
         mean_df=weight + own_df,
         inverse_starts=pooled,
         level_inverse_starts=inverse[0],
@@ -187,23 +192,24 @@ def estimate_spread(
     )
 
 
-_SMALLEST_VARIANCE = 1e-12  # equal numbers to the last digit: a test of their difference still needs a width
+SMALLEST_VARIANCE = 1e-12
+"""Of numbers that are equal to the last digit: a test of their difference still needs a width."""
 
 
 def _start_variance(sessions: Sequence[Session], prior: NoisePrior, floor: float) -> tuple[float, float, bool]:
-    squares = math.fsum(_squares(session) for session in sessions)
+    squares = math.fsum(sum_of_squares(session) for session in sessions)
     df = float(sum(len(session) - 1 for session in sessions))
     weight = 0.0 if df >= SETTLED_DF else prior.start_df
     variance = (weight * prior.start_sd**2 + squares) / (weight + df)
-    return max(variance, floor, _SMALLEST_VARIANCE), weight + df, weight == 0
+    return max(variance, floor, SMALLEST_VARIANCE), weight + df, weight == 0
 
 
-def _squares(values: Sequence[float]) -> float:
+def sum_of_squares(values: Sequence[float]) -> float:
     """Sum of squared distances from the mean."""
     if not values:
         return 0.0
-    mean = _mean(values)
-    return math.fsum((value - mean) ** 2 for value in values)
+    center = mean(values)
+    return math.fsum((value - center) ** 2 for value in values)
 
 
 def estimate_effect(current: Session, level: Sequence[Session], spread: Spread) -> Effect:
@@ -211,7 +217,7 @@ def estimate_effect(current: Session, level: Sequence[Session], spread: Spread) 
 
     :param level: (K,) stored sessions. :param spread: :func:`estimate_spread` of the same.
     """
-    size = _mean(current) - _mean([_mean(session) for session in level])
+    size = mean(current) - mean([mean(session) for session in level])
     return Effect(size, *spread.of_prediction(len(current)))
 
 
@@ -231,10 +237,11 @@ def variance(values: Sequence[float]) -> float:
     """Unbiased sample variance; 0 for a single value, which says nothing about spread."""
     if len(values) < 2:
         return 0.0
-    return _squares(values) / (len(values) - 1)
+    return sum_of_squares(values) / (len(values) - 1)
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, summed without loss; the sample must not be empty."""
     return math.fsum(values) / len(values)
 
 

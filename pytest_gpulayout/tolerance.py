@@ -48,6 +48,11 @@ class Tolerance:
         return -math.expm1(-log) if METRICS[self.metric].better == "higher" else math.expm1(log)
 
 
+def relative_change(log_ratio: float) -> float:
+    """``ln(1.05)`` -> 0.05; what is too large for a number is cut at :data:`LARGEST_LOG`."""
+    return math.expm1(min(log_ratio, LARGEST_LOG))
+
+
 def percent_text(fraction: float) -> str:
     """``0.05`` -> ``5%``, ``0.025`` -> ``2.5%``."""
     return f"{round(100 * fraction, 4):g}%"

@@ -41,6 +41,10 @@ ProblemKind = Literal[
 ]
 """What is wrong with a run; ``docs/measuring.md`` says how each is found and what to do."""
 
+PASSING: frozenset[ProblemKind] = frozenset({"client-bound", "throttled", "foreign-process", "unstable"})
+"""What the machine's other work or heat may have done to one start, and may well not do to the next. What is not here
+belongs to the server, the workload or the address, and a fresh start would only hide it."""
+
 LEAST_COMPLETED = 8
 """Requests that a run of one batch needs. The gate judges medians, and the range of n samples fails to hold the true
 median with probability 2 * 0.5**n: with 8 this is 0.8 %, the first below the 1 % that a gate may call falsely. With

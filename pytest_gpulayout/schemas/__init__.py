@@ -44,11 +44,12 @@ def read_document(text: str, name: str, *, migrate: Callable[[Any], Any] = lambd
     :returns: the document, and what is wrong with it as :func:`validate` says it; ``None`` where it is not JSON.
     """
     try:
-        document = migrate(json.loads(text, parse_constant=_refuse_constant))
+        document = migrate(json.loads(text, parse_constant=refuse_constant))
     except (ValueError, RecursionError) as error:
         return None, [f"it is not JSON ({error})"]
     return document, validate(document, name)
 
 
-def _refuse_constant(name: str) -> float:
+def refuse_constant(name: str) -> float:
+    """Refuse ``NaN`` and ``Infinity``, as ``parse_constant`` of :func:`json.loads`."""
     raise ValueError(f"{name} is not a number")

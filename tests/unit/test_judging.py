@@ -14,6 +14,7 @@ from pytest_gpulayout.errors import (
     BaselineError,
     BaselineForeign,
     BaselineNotFound,
+    DevicesBusy,
 )
 from pytest_gpulayout.judging import (
     NOISE_PRIORS,
@@ -30,6 +31,7 @@ from pytest_gpulayout.stats import NoisePrior
 from pytest_gpulayout.testing import InMemoryBaselines
 from pytest_gpulayout.tolerance import Tolerance, parse_tolerances
 from pytest_gpulayout.trace import RunTrace
+from pytest_gpulayout.validity import Problem
 from pytest_gpulayout.verdict import Look, MetricVerdict, Requirement, Status, Verdict
 from tests.support.measurements import baseline_of, identity, key, measurement_of, plain_session, run_of, session_of
 
@@ -369,6 +371,103 @@ def test_problems_of_a_later_start_count_as_well(mode: BaselineMode, later: list
     told = f"failed-requests: 2 of 2 requests failed; the first: HTTP 500: boom (server start {number})"
     assert verdict.reasons == (told,)
     assert store.texts == before
+
+
+@dataclass
+class DisturbedGate(Gate):
+    """A gate with starts that have problems. :param problems: of each start, in the order they are made, from 1."""
+
+    problems: Mapping[int, tuple[Problem, ...]] = field(default_factory=dict)
+
+    def judge(self, measurement: Measurement) -> Verdict:
+        return super().judge(replace(measurement, disturbances={0: self.problems.get(1, ())}))
+
+    def _again(self, measurement: Measurement) -> Measurement:
+        longer = super()._again(measurement)
+        found = self.problems.get(self.measured, ())
+        return replace(longer, disturbances={**longer.disturbances, len(longer.runs) - 1: found})
+
+
+HOT, BUSY = Problem("throttled", "the GPU was hot"), Problem("foreign-process", "others used 70 %")
+WRONG = Problem("token-counts", "7 too many")
+TOOK = "a server start was disturbed, and measured anew"
+
+
+@pytest.mark.parametrize(
+    ("problems", "told"),
+    [
+        ({1: (HOT,)}, [f"{TOOK} (throttled: the GPU was hot)"]),
+        ({2: (HOT, BUSY)}, [f"{TOOK} (throttled: the GPU was hot; foreign-process: others used 70 %)"]),
+        (
+            {1: (HOT,), 2: (BUSY,)},
+            [f"{TOOK} (throttled: the GPU was hot)", f"{TOOK} (foreign-process: others used 70 %)"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("mode", ["check", "new", "update"])
+def test_fresh_starts_take_the_place_of_disturbed_ones(
+    mode: BaselineMode, problems: Mapping[int, tuple[Problem, ...]], told: list[str]
+) -> None:
+    gate = DisturbedGate(InMemoryBaselines() if mode == "new" else holding(baseline_of([1.0, 1.001])), mode=mode)
+    # the numbers of the disturbed starts would show: none of them may count
+    gate.later = [9.0 if n in problems else 1.0 for n in range(2, 6)]
+    gate.problems, gate.prior = problems, NOISE_PRIORS["cpu"]
+
+    verdict = gate.judge(measurement_of(9.0 if 1 in problems else 1.0))
+
+    assert verdict.status is (Status.INCONCLUSIVE if mode == "check" else Status.NO_BASELINE)
+    assert [reason for reason in verdict.reasons if TOOK in reason] == told
+    assert gate.measured == 3 + len(problems)
+    assert [sample.value for sample in gate.measurement.samples("median_tpot_ms")] == [10.0] * 3
+    assert len(gate.measurement.observed()) == 3
+    announced = [line for line in gate.said if "is measured anew" in line]
+    assert len(announced) == len(problems)
+    assert announced[0].startswith(f"server start {min(problems)} was disturbed, ")
+    if mode != "check":
+        assert len(stored_in(gate).sessions[-1].runs) == 3
+
+
+@pytest.mark.parametrize(
+    "problems",
+    [
+        {1: (HOT,), 2: (HOT,), 3: (HOT,)},
+        {1: (HOT,), 2: (WRONG,)},
+        {1: (WRONG,)},
+        {2: (HOT, WRONG)},
+    ],
+)
+@pytest.mark.parametrize("mode", ["check", "new", "update"])
+def test_what_stays_wrong_or_is_no_disturbance_is_invalid(
+    mode: BaselineMode, problems: Mapping[int, tuple[Problem, ...]]
+) -> None:
+    gate = DisturbedGate(InMemoryBaselines() if mode == "new" else holding(baseline_of([1.0, 1.001])), mode=mode)
+    gate.later, gate.prior, gate.problems = [1.0] * 5, NOISE_PRIORS["cpu"], problems
+    before = dict(gate.store.texts)
+
+    verdict = gate.judge(measurement_of(1.0))
+
+    assert verdict.status is Status.INVALID
+    assert str(problems[max(problems)][-1]) in verdict.reasons[len(problems[max(problems)]) - 1]
+    assert sum(TOOK in reason for reason in verdict.reasons) == len(gate.measurement.replaced) == len(problems) - 1
+    assert (gate.measured, gate.store.texts) == (max(problems), before)
+
+
+def test_who_is_still_there_is_the_reason() -> None:
+    class Busy(DisturbedGate):
+        def _again(self, measurement: Measurement) -> Measurement:
+            raise DevicesBusy("idle GPUs were required", pids=[4242])
+
+    verdict = Busy(problems={1: (BUSY,)}).judge(measurement_of(1.0))
+
+    assert verdict.status is Status.INVALID
+    assert verdict.reasons == ("foreign-process: others used 70 % (server start 1)",)
+
+
+def test_no_start_is_replaced_where_nothing_is_judged_or_the_budget_is_over() -> None:
+    for gate in (DisturbedGate(mode="off"), DisturbedGate(budget_s=15)):
+        gate.problems = {1: (HOT,)}
+        assert gate.judge(measurement_of(1.0)).status is Status.INVALID
+        assert gate.measured == 1
 
 
 @pytest.mark.parametrize("mode", ["check", "new", "update"])

@@ -29,6 +29,7 @@ from pytest_gpulayout.verdict import Status
 from tests.support.measurements import identity, measurement_of, run_of, session_of
 
 TOLERANCES = {"median_tpot_ms": Tolerance("median_tpot_ms", 0.05)}
+HOT, WRONG = Problem("throttled", "the GPU was hot"), Problem("token-counts", "7 too many")
 WOBBLE = (1.001, 0.999, 1.002, 0.998, 1.0, 1.001, 0.999, 1.0)
 
 
@@ -36,7 +37,8 @@ WOBBLE = (1.001, 0.999, 1.002, 0.998, 1.0, 1.001, 0.999, 1.0)
 class Bench:
     """Two sides with scripted starts, and a clock that moves ten seconds per start.
 
-    :param candidate: and ``base``: factor on all times of each start, by block.
+    :param candidate: and ``base``: factor on all times of each start, in the order they are made.
+    :param problems: and ``errors``: of a side's start, counted from 1.
     """
 
     candidate: Sequence[float] = WOBBLE
@@ -47,7 +49,7 @@ class Bench:
     stored: Baseline | None = None
     tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: dict(TOLERANCES))
     change_base: Callable[[RunTrace, int], RunTrace] = lambda run, _: run
-    problems_of_base: tuple[Problem, ...] = ()
+    problems: Mapping[tuple[str, int], tuple[Problem, ...]] = field(default_factory=dict)
     errors: Mapping[tuple[str, int], Exception] = field(default_factory=dict)
     events: list[tuple[str, int]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -63,14 +65,13 @@ class Bench:
             if error := self.errors.get((side, number)):
                 raise error
             run = replace(run_of(factors[number - 1], factors[number - 1]), seed=seed)
-            if side == "base":
-                return self.change_base(run, number), self.problems_of_base, {}
-            return run, (), {}
+            return self.change_base(run, number) if side == "base" else run, self.problems.get((side, number), ()), {}
 
         return start
 
     def judge(self) -> PairedResult:
-        measurement = measurement_of(self.candidate[0])
+        first = self.problems.get(("candidate", 1), ())
+        measurement = replace(measurement_of(self.candidate[0]), disturbances={0: first})
         key = measurement.identity.key
         texts = {} if self.stored is None else {key.path: baseline_to_text(self.stored)}
         self.store = InMemoryBaselines(texts)
@@ -245,11 +246,57 @@ def test_a_stored_file_that_cannot_be_used_is_told_and_not_needed() -> None:
 
 
 def test_numbers_that_are_not_sound_are_invalid_and_it_is_said_whose() -> None:
-    result = Bench(problems_of_base=(Problem("throttled", "the GPU was hot"),)).judge()
+    bench = Bench(problems={("base", 1): (WRONG,)})
+
+    result = bench.judge()
 
     assert result.verdict.status is Status.INVALID
-    assert result.verdict.reasons == ("base old: throttled: the GPU was hot (server start 1)",)
+    assert result.verdict.reasons == ("base old: token-counts: 7 too many (server start 1)",)
     assert result.base is not None
+    assert len(bench.events) == 1
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "told"),
+    [
+        ([("candidate", 1)], ["of the candidate "]),
+        ([("base", 1)], ["of the base old "]),
+        ([("base", 2), ("candidate", 3)], ["of the candidate ", "of the base old "]),
+        ([("base", 1), ("base", 2)], ["of the base old ", "of the base old "]),
+    ],
+)
+def test_fresh_starts_take_the_place_of_disturbed_ones(disturbed: list[tuple[str, int]], told: list[str]) -> None:
+    bench = Bench(problems=dict.fromkeys(disturbed, (HOT,)))
+
+    result = bench.judge()
+
+    assert result.verdict.status is Status.PASS
+    assert result.base is not None
+    assert len(result.candidate.runs) == len(result.base.runs) == 3
+    assert [r for r in result.verdict.reasons if "measured anew" in r] == [
+        f"a server start {whose}was disturbed, and measured anew (throttled: the GPU was hot)" for whose in told
+    ]
+    assert sum("is measured anew (throttled: " in line for line in bench.lines) == len(disturbed)
+    blocks = [{run.seed for run in pair} for pair in zip(result.candidate.runs, result.base.runs, strict=True)]
+    assert [len(seeds) for seeds in blocks] == [1, 1, 1]  # both sides of a block still got the same load
+
+
+@pytest.mark.parametrize(
+    "disturbed", [[("base", n) for n in (1, 2, 3)], [("base", 1), ("candidate", 2), ("candidate", 3)]]
+)
+def test_both_sides_together_replace_two_starts(disturbed: list[tuple[str, int]]) -> None:
+    result = Bench(problems=dict.fromkeys(disturbed, (HOT,))).judge()
+
+    assert result.verdict.status is Status.INVALID
+    assert "throttled: the GPU was hot (server start " in result.verdict.reasons[0]
+    assert sum("measured anew" in reason for reason in result.verdict.reasons) == 2
+
+
+def test_no_start_is_replaced_after_the_budget() -> None:
+    bench = Bench(problems={("base", 1): (HOT,)}, budget_s=30)
+
+    assert bench.judge().verdict.status is Status.INVALID
+    assert len(bench.events) == 1
 
 
 def test_the_candidate_is_checked_before_a_base_is_started() -> None:
