@@ -1,6 +1,7 @@
 """Make a tiny Qwen2-style model folder without weights, to try the gate on a machine without GPUs.
 
-vLLM fills in random weights (``--load-format dummy``). Usage: python make_model.py FOLDER [--heads N]
+vLLM fills in random weights (``--load-format dummy``). Usage: python make_model.py FOLDER [--heads N] [--hidden N]
+[--layers N]; a larger one has longer engine steps, which vary less on a machine with few cores.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-HIDDEN = 256
 VOCABULARY = 512
 
 
-def config(heads: int) -> dict[str, object]:
-    """Return a config.json; each head has HIDDEN / heads dimensions."""
+def config(heads: int, hidden: int = 256, layers: int = 2) -> dict[str, object]:
+    """Return a config.json; each head has hidden / heads dimensions."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
@@ -51,6 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--heads", type=int, default=4, help="attention heads; 4 give the usual size of 64")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size; the MLP has twice as many")
+    parser.add_argument("--layers", type=int, default=2)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def main() -> None:
         "model_max_length": 4096,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(config(arguments.heads), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(arguments.heads, arguments.hidden, arguments.layers), indent=1) + "\n")
 
 
 if __name__ == "__main__":
