@@ -64,7 +64,8 @@ def main() -> None:
         "model_max_length": 4096,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(config(arguments.heads, arguments.hidden, arguments.layers), indent=1) + "\n")
+    model = config(arguments.heads, arguments.hidden, arguments.layers)
+    (folder / "config.json").write_text(json.dumps(model, indent=1) + "\n")
 
 
 if __name__ == "__main__":
