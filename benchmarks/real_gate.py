@@ -1,6 +1,6 @@
 """Whether the gate keeps its word on real vLLM: how often it is red when nothing changed, and what it finds.
 
-``collect`` starts vLLM's CPU build afresh again and again with a tiny model (random weights) and measures a short
+``collect`` starts vLLM's CPU build afresh again and again with a small model (random weights) and measures a short
 load on each start. Plain starts are interleaved at random with starts that are really slower: a delay after every
 engine step (``benchmarks/slow_plugin``) of 1, 1.5 and 2 times the smallest change that the gate says it can see, and
 a flag that halves the batch. The first starts are plain; they tell the noise, and so the delays. Each start is
@@ -12,8 +12,8 @@ rate that the smallest detectable change promises for the slow-down that was rea
 were interleaved, so that sessions here share no luck of their own: what sessions of different days add, only
 ``gpulayout baseline calibrate`` on different days tells. From the repository's root, after ``make install-cpu``::
 
-    python examples/model_repo/make_model.py build/tiny-qwen2
-    .venv/bin/python benchmarks/real_gate.py collect build/real_gate.jsonl --model build/tiny-qwen2 --minutes 60
+    python examples/model_repo/make_model.py build/qwen2-1024 --heads 16 --hidden 1024 --layers 8
+    .venv/bin/python benchmarks/real_gate.py collect build/real_gate.jsonl --model build/qwen2-1024 --minutes 60
     .venv/bin/python benchmarks/real_gate.py judge build/real_gate.jsonl
 """
 
@@ -86,8 +86,8 @@ class Arm:
 
 
 PLAIN = Arm("plain", 30)
-SLOWED = (Arm("delay x1", 12, 1.0), Arm("delay x1.5", 12, 1.5), Arm("delay x2", 12, 2.0))
-FLAG = Arm("--max-num-seqs 2", 9, 0.0, ("--max-num-seqs", "2"))
+SLOWED = (Arm("delay x1", 8, 1.0), Arm("delay x1.5", 8, 1.5), Arm("delay x2", 8, 2.0))
+FLAG = Arm("--max-num-seqs 2", 4, 0.0, ("--max-num-seqs", "2"))
 ARMS = (PLAIN, *SLOWED, FLAG)
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="the gate's error rates on real vLLM (CPU build)")
     verbs = parser.add_subparsers(required=True)
     collecting = verbs.add_parser("collect", help="measure starts, and append each to the file")
-    collecting.add_argument("--model", type=Path, required=True, help="folder of a model, e.g. build/tiny-qwen2")
+    collecting.add_argument("--model", type=Path, required=True, help="folder of a model, e.g. build/qwen2-1024")
     collecting.add_argument("--minutes", type=float, default=math.inf, help="begin no start that would end later")
     collecting.add_argument("--only", choices=[arm.name for arm in ARMS], help="measure one start of this kind")
     collecting.add_argument("--delay-us", type=float, help="delay per step of --only, to try the plugin")
