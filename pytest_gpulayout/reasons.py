@@ -98,6 +98,11 @@ def what_it_takes(metric: MetricVerdict, starts: int) -> str:
     """What to do for a verdict on a metric that has none. :param starts: that the gate may make now."""
     accept = f"accept a larger tolerance (--gpu-tolerance={metric.name}={percent_text(_enough(metric))})"
     needed = metric.requirement
+    if metric.ordinary_starts:
+        return (
+            f"{metric.ordinary_starts} of {plural(metric.n_current, 'start')} did not change, so a few slow ones may "
+            f"be all of it; {_narrow(starts)}, or {accept}"
+        )
     if metric.n_current < starts:
         return f"the budget ended before {plural(starts, 'start')}; allow more seconds (--gpu-budget), or {accept}"
     if needed is None:

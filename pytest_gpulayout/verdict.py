@@ -4,7 +4,9 @@ The rule, per metric, with margin m (the tolerance on the log scale), L the lowe
 U the upper bound at the level of a miss, D the smallest change that the gate can see:
 
 =============  =========================================================================================
-regression     L > 0 and the estimate is at least m/2 (at a true change of m it is below m half the time)
+regression     L > 0, the estimate is at least m/2 (at a true change of m it is below m half the time), and
+               every start now is worse than the stored mean: starts have a tail to the slow side, and two
+               slow ones beside an ordinary one are no change
 improvement    the mirror image
 pass           U < m and D <= m: a change that matters is ruled out. Not having seen one is not enough.
                As long as starts may follow, U < D too: a change of the size that is promised to be seen
@@ -130,6 +132,7 @@ class MetricVerdict:
     :param n_current: starts now. :param n_baseline: stored starts. :param n_sessions: stored sessions.
     :param is_settled: the spread rests on stored sessions alone, not on a prior.
     :param requirement: what a verdict would take; only where it is inconclusive.
+    :param ordinary_starts: of a change that the mean shows beyond doubt, the starts now that do not show it; 0 else.
     """
 
     name: str
@@ -145,6 +148,7 @@ class MetricVerdict:
     n_sessions: int = 1
     is_settled: bool = False
     requirement: Requirement | None = None
+    ordinary_starts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +180,26 @@ class _Judged:
     """What is known of one metric before the others are looked at."""
 
     history: MetricHistory
+    current: Sequence[float]
     effect: Effect
     spread: Spread
     stored_mean: float
     sign: float
+
+    @property
+    def p_worse(self) -> float:
+        """Of the test, and 1 where a start now is no worse than the stored mean: a change shows in every start."""
+        return self.effect.p_worse if min(self.current) > self.stored_mean else 1.0
+
+    @property
+    def p_better(self) -> float:
+        """The mirror image."""
+        return self.effect.p_better if max(self.current) < self.stored_mean else 1.0
+
+    @property
+    def ordinary_starts(self) -> int:
+        """Starts now that the change of their mean does not show in."""
+        return sum((value - self.stored_mean) * self.effect.size <= 0 for value in self.current)
 
 
 def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[MetricVerdict, ...]:
@@ -196,8 +216,8 @@ def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[Metri
     for history in histories:
         _require_numbers(history)
     judged = [_effect_of(history) for history in histories]
-    worse = bound_level([item.effect.p_worse for item in judged], look.alarm)
-    better = bound_level([item.effect.p_better for item in judged], look.alarm)
+    worse = bound_level([item.p_worse for item in judged], look.alarm)
+    better = bound_level([item.p_better for item in judged], look.alarm)
     return tuple(_verdict(item, look, worse, better, len(judged)) for item in judged)
 
 
@@ -238,7 +258,7 @@ def _effect_of(history: MetricHistory) -> _Judged:
     everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
     spread = estimate_spread(level, others, current, history.prior, start_variance_floor=batch_noise(everything))
     effect = estimate_effect(current, level, spread)
-    return _Judged(history, effect, spread, mean_of_means(level), sign)
+    return _Judged(history, current, effect, spread, mean_of_means(level), sign)
 
 
 def log_sessions(sessions: Samples, sign: float = 1.0) -> list[list[float]]:
@@ -260,7 +280,9 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
     margin = tolerance.margin
     reach = _reach(item.spread, margin / 2, metrics, starts if look.is_last else max(look.of, starts), look.of)
     low, high = effect.lower(worse), effect.upper(look.miss)
-    status = _status(effect, low, effect.upper(better), margin)
+    found = status = _status(effect, low, effect.upper(better), margin)
+    if item.ordinary_starts:
+        status = None
     if status is Status.IMPROVEMENT:
         low, high = effect.lower(look.miss), effect.upper(better)
     if status is not None and starts == 1 and not look.is_last:
@@ -283,6 +305,7 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
         n_sessions=item.spread.sessions,
         is_settled=item.spread.is_settled,
         requirement=require(item.spread, tolerance, metrics) if status is Status.INCONCLUSIVE else None,
+        ordinary_starts=item.ordinary_starts if found is not None else 0,
     )
 
 

@@ -106,6 +106,26 @@ def test_no_pass_where_a_change_of_the_margin_could_not_have_been_seen() -> None
     assert verdict.status is Status.INCONCLUSIVE
 
 
+@pytest.mark.parametrize(
+    ("current", "status", "ordinary"),
+    [
+        ((130.0, 130.0, 100.5), Status.REGRESSION, 0),
+        ((130.0, 130.0, 99.5), Status.INCONCLUSIVE, 1),
+        ((140.0, 99.0, 99.0), Status.INCONCLUSIVE, 2),
+        ((70.0, 70.0, 99.5), Status.IMPROVEMENT, 0),
+        ((70.0, 70.0, 100.5), Status.PASS, 1),  # not worse, and no improvement either
+        ((100.5, 99.5, 100.0), Status.PASS, 0),
+    ],
+)
+def test_a_change_shows_in_every_start(current: Sequence[float], status: Status, ordinary: int) -> None:
+    """A few slow starts beside an ordinary one are no change, however far their mean lies away."""
+    level = [[100.0, 100.2, 99.8], [100.1, 99.9, 100.0], [100.0, 100.0, 100.0]] * 4
+    prior = NoisePrior(start_sd=0.001, session_sd=0.001)
+    for tolerance, values in ((LATENCY, current), (RATE, [10_000 / value for value in current])):
+        verdict = judge(tolerance, *values, level=level, prior=prior)
+        assert (verdict.status, verdict.ordinary_starts) == (status, ordinary)
+
+
 def test_a_small_change_that_is_certain_is_no_regression() -> None:
     verdict = judge(LATENCY, 102.0, 102.0, 102.0, prior=NoisePrior(start_sd=1e-4, session_sd=1e-4))
     assert verdict.ci[0] > 0
