@@ -105,19 +105,15 @@ def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Ver
     :raises BaselineNotFound: mode ``check`` and nothing is stored; the message names the nearest key and the field
         that differs. :raises BaselineCorrupt: :raises BaselineForeign: what is stored cannot be used.
     """
-    if inputs.policy.mode != "off":
-        measurement = _undisturbed(measurement, inputs)
     verdict, measurement = _judge(measurement, inputs)
     return replace(verdict, reasons=(*verdict.reasons, *replaced_texts(measurement.replaced))), measurement
 
 
 def _judge(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
     policy, key = inputs.policy, measurement.identity.key
-    if invalid := invalid_verdict(measurement, _place(inputs.store, key)):
-        return invalid, measurement
     if policy.mode == "off":
-        reasons = ("not judged: --gpu-baseline=off",)
-        return Verdict(Status.NO_BASELINE, reasons=reasons, advisory=advisory_changes(measurement, None)), measurement
+        return invalid_verdict(measurement, _place(inputs.store, key)) or _not_judged(measurement), measurement
+    measurement = _undisturbed(measurement, inputs)
     if unfit := _unfit_verdict(measurement, inputs):
         return unfit, measurement
     if policy.mode == "update":
@@ -128,6 +124,11 @@ def _judge(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measu
     if policy.mode == "check" or not policy.may_write:
         raise _not_found(inputs, measurement.identity)
     return _record(measurement, inputs)
+
+
+def _not_judged(measurement: Measurement) -> Verdict:
+    reasons = ("not judged: --gpu-baseline=off",)
+    return Verdict(Status.NO_BASELINE, reasons=reasons, advisory=advisory_changes(measurement, None))
 
 
 def load_baseline(store: BaselineStore, key: BaselineKey) -> Baseline | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, as_stored, fold_batches
 from pytest_gpulayout.metrics import batch_metrics
 from pytest_gpulayout.trace import RunTrace
-from pytest_gpulayout.validity import PASSING, Problem, find_problems
+from pytest_gpulayout.validity import TRANSIENT, Problem, find_problems
 from pytest_gpulayout.verdict import MetricSample
 from pytest_gpulayout.workload import Workload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +89,19 @@ class Measurement:
     def without_last(self) -> Measurement:
         """Return this measurement without its last server start, whose problems are kept as :attr:`replaced`."""
         last = len(self.runs) - 1
-        why = "; ".join(map(str, self.problems_of(last)))
+
+        def before(by_position: Mapping[int, T]) -> dict[int, T]:
+            return {position: value for position, value in by_position.items() if position < last}
+
         shorter = replace(
             self,
             runs=self.runs[:last],
-            disturbances={n: found for n, found in self.disturbances.items() if n < last},
-            sightings={n: seen for n, seen in self.sightings.items() if n < last},
-            replaced=(*self.replaced, why),
+            disturbances=before(self.disturbances),
+            sightings=before(self.sightings),
+            replaced=(*self.replaced, "; ".join(map(str, self.problems_of(last)))),
         )
-        shorter._computed.update((n, batches) for n, batches in self._computed.items() if n < last)
-        shorter._found.update((n, found) for n, found in self._found.items() if n < last)
+        shorter._computed.update(before(self._computed))
+        shorter._found.update(before(self._found))
         return shorter
 
     def batch_metrics(self) -> list[list[dict[str, float]]]:
@@ -132,7 +137,7 @@ class Measurement:
     def is_last_disturbed(self) -> bool:
         """Whether nothing is wrong with the last server start but what a fresh one would probably not meet."""
         found = self.problems_of(len(self.runs) - 1) if self.runs else ()
-        return bool(found) and all(problem.kind in PASSING for problem in found)
+        return bool(found) and all(problem.kind in TRANSIENT for problem in found)
 
     def problems(self) -> tuple[str, ...]:
         """Say why these numbers must be neither judged nor stored; empty when they are sound."""

@@ -68,7 +68,6 @@ _GUARD = 0.90
 _PRECISION = 1e-3
 _MOST_NONCENTRALITY = 30.0
 
-
 OVERALL = (0.05, 0.01, 0.005, 0.0033, 0.0025, 0.002, 0.0016, 0.0014, 0.0012, 0.001, 0.0005)
 """Overall levels of the tables: a miss, and a false alarm of 1, 2, 3, 4, 5, 6, 7, 8, 10 and 20 gated metrics."""
 

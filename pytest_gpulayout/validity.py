@@ -41,7 +41,7 @@ ProblemKind = Literal[
 ]
 """What is wrong with a run; ``docs/measuring.md`` says how each is found and what to do."""
 
-PASSING: frozenset[ProblemKind] = frozenset({"client-bound", "throttled", "foreign-process", "unstable"})
+TRANSIENT: frozenset[ProblemKind] = frozenset({"client-bound", "throttled", "foreign-process", "unstable"})
 """What the machine's other work or heat may have done to one start, and may well not do to the next. What is not here
 belongs to the server, the workload or the address, and a fresh start would only hide it."""
 

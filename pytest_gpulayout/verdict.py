@@ -177,29 +177,21 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """What is known of one metric before the others are looked at."""
+    """What is known of one metric before the others are looked at.
+
+    :param ordinary_starts: starts now on the other side of the stored mean than their mean: they show no change.
+    """
 
     history: MetricHistory
-    current: Sequence[float]
     effect: Effect
     spread: Spread
     stored_mean: float
+    ordinary_starts: int
     sign: float
 
-    @property
-    def p_worse(self) -> float:
-        """Of the test, and 1 where a start now is no worse than the stored mean: a change shows in every start."""
-        return self.effect.p_worse if min(self.current) > self.stored_mean else 1.0
-
-    @property
-    def p_better(self) -> float:
-        """The mirror image."""
-        return self.effect.p_better if max(self.current) < self.stored_mean else 1.0
-
-    @property
-    def ordinary_starts(self) -> int:
-        """Starts now that the change of their mean does not show in."""
-        return sum((value - self.stored_mean) * self.effect.size <= 0 for value in self.current)
+    def p_value(self, of_test: float) -> float:
+        """Of one direction: 1 where not every start shows the change, so that it is not counted as found."""
+        return 1.0 if self.ordinary_starts else of_test
 
 
 def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[MetricVerdict, ...]:
@@ -216,8 +208,8 @@ def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[Metri
     for history in histories:
         _require_numbers(history)
     judged = [_effect_of(history) for history in histories]
-    worse = bound_level([item.p_worse for item in judged], look.alarm)
-    better = bound_level([item.p_better for item in judged], look.alarm)
+    worse = bound_level([item.p_value(item.effect.p_worse) for item in judged], look.alarm)
+    better = bound_level([item.p_value(item.effect.p_better) for item in judged], look.alarm)
     return tuple(_verdict(item, look, worse, better, len(judged)) for item in judged)
 
 
@@ -258,7 +250,9 @@ def _effect_of(history: MetricHistory) -> _Judged:
     everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
     spread = estimate_spread(level, others, current, history.prior, start_variance_floor=batch_noise(everything))
     effect = estimate_effect(current, level, spread)
-    return _Judged(history, current, effect, spread, mean_of_means(level), sign)
+    stored_mean = mean_of_means(level)
+    ordinary_starts = sum((value - stored_mean) * effect.size <= 0 for value in current)
+    return _Judged(history, effect, spread, stored_mean, ordinary_starts, sign)
 
 
 def log_sessions(sessions: Samples, sign: float = 1.0) -> list[list[float]]:
@@ -280,9 +274,8 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
     margin = tolerance.margin
     reach = _reach(item.spread, margin / 2, metrics, starts if look.is_last else max(look.of, starts), look.of)
     low, high = effect.lower(worse), effect.upper(look.miss)
-    found = status = _status(effect, low, effect.upper(better), margin)
-    if item.ordinary_starts:
-        status = None
+    moved = _status(effect, low, effect.upper(better), margin)
+    status = None if item.ordinary_starts else moved
     if status is Status.IMPROVEMENT:
         low, high = effect.lower(look.miss), effect.upper(better)
     if status is not None and starts == 1 and not look.is_last:
@@ -305,7 +298,7 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
         n_sessions=item.spread.sessions,
         is_settled=item.spread.is_settled,
         requirement=require(item.spread, tolerance, metrics) if status is Status.INCONCLUSIVE else None,
-        ordinary_starts=item.ordinary_starts if found is not None else 0,
+        ordinary_starts=item.ordinary_starts if moved is not None else 0,
     )
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 VOCABULARY = 512
 
 
-def config(heads: int, hidden: int = 256, layers: int = 2) -> dict[str, object]:
+def config(heads: int, hidden: int, layers: int) -> dict[str, object]:
     """Return a config.json; each head has hidden / heads dimensions."""
     return {
         "architectures": ["Qwen2ForCausalLM"],

@@ -18,6 +18,11 @@ MAKE_MODEL = ROOT / "examples" / "model_repo" / "make_model.py"
 VLLM_ARGUMENTS = "--load-format dummy --enforce-eager --max-model-len 2048"
 
 
+def shared_memory(pattern: str = "*") -> set[str]:
+    """Names of what is in shared memory now."""
+    return {path.name for path in Path("/dev/shm").glob(pattern)}
+
+
 def make_model(folder: Path, *, heads: int) -> Path:
     """Make a model folder without weights."""
     subprocess.run([sys.executable, str(MAKE_MODEL), str(folder), "--heads", str(heads)], check=True, timeout=120)

@@ -6,11 +6,10 @@ One folder, in the order of the file: the baselines of the first test are what t
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import Gate
+from tests.real.conftest import Gate, shared_memory
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
@@ -43,18 +42,16 @@ NOT_RED = {"pass", "improvement", "inconclusive"}
 COMMON = (MARGINS, "--gpu-starts=2", "--gpu-results=results.json", "-ra")
 
 
-def segments() -> set[Path]:
-    """What vLLM's communicator has in shared memory now, of whatever server on this machine."""
-    return set(Path("/dev/shm").glob("vllm_dist_*cpushm*"))
+SEGMENTS = "vllm_dist_*cpushm*"  # of vLLM's communicator, of whatever server on this machine
 
 
 @pytest.fixture(scope="module")
-def segments_before() -> set[Path]:
-    return segments()
+def segments_before() -> set[str]:
+    return shared_memory(SEGMENTS)
 
 
 @pytest.fixture(scope="module")
-def gate(make_gate: Callable[[], Gate], segments_before: set[Path]) -> Gate:
+def gate(make_gate: Callable[[], Gate], segments_before: set[str]) -> Gate:
     gate = make_gate()
     (gate.folder / "test_suite.py").write_text(SUITE)
     (gate.folder / "pytest.ini").write_text("[pytest]\n")
@@ -98,5 +95,5 @@ def test_an_ordinary_run_after_it_is_not_red(gate: Gate) -> None:
     assert performance["verdict"] in NOT_RED, result.stdout
 
 
-def test_nothing_is_left_in_shared_memory(segments_before: set[Path]) -> None:
-    assert segments() <= segments_before
+def test_nothing_is_left_in_shared_memory(segments_before: set[str]) -> None:
+    assert shared_memory(SEGMENTS) <= segments_before

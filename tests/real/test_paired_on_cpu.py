@@ -36,9 +36,9 @@ def test_one_request_at_a_time_is_a_regression_that_names_the_flag(make_gate: Ca
     assert done.returncode == 1, done.stdout + done.stderr
     [record] = gate.records("performance")
     assert record["verdict"] == "regression", done.stdout
-    found = {metric["name"]: metric["verdict"] for metric in record["metrics"]}
-    assert found["request_throughput"] == "regression"  # it ends the gate; the others may be open then
-    assert record["metrics"][0]["change"] < -0.3
+    throughput = record["metrics"][0]
+    assert throughput["name"] == "request_throughput"
+    assert throughput["change"] < -0.3  # the first metric that is clear ends the gate: this one may be open then
     assert record["changed"] == [f"arguments: {VLLM_ARGUMENTS} -> {VLLM_ARGUMENTS} --max-num-seqs 1"]
     assert 3 <= len(record["runs"]) == len(record["base"]["runs"]) <= 4
     seeds = [[run["gpulayout"]["seed"] for run in runs] for runs in (record["runs"], record["base"]["runs"])]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import ROOT, Gate
+from tests.real.conftest import ROOT, Gate, shared_memory
 from tests.support.processes import processes_marked
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
@@ -19,10 +18,6 @@ def pytest_gpulayout_server_launcher(settings, log_dir):
     return TwoNodeLauncher(log_dir, log_dir)
 """
 SUITE = "from pytest_gpulayout.gates.test_gate import test_transport\n"
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 @pytest.fixture

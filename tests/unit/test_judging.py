@@ -305,6 +305,12 @@ OPEN = MetricVerdict(
             3,
             "the budget ended before 3 starts; allow more seconds (--gpu-budget), or {accept}",
         ),
+        (
+            replace(OPEN, n_current=3, ordinary_starts=1, requirement=Requirement(2, 3, 0.05)),
+            3,
+            "1 of 3 starts did not change, so a few slow ones may be all of it; more starts narrow it "
+            "(--gpu-starts=5), or {accept}",
+        ),
         (OPEN, 3, "{accept}"),
     ],
 )
