@@ -235,7 +235,8 @@ class Outcome:
 class StoredGate:
     """Gates against stored sessions of three starts each.
 
-    :param sessions: K. :param looks: 1 for one look at three starts, else one after each start.
+    :param sessions: K. :param looks: 1 for one look at three starts, else one after each start; then one more start
+        confirms what the last look finds.
     :param correlation: of the metrics of one start, and of one session.
     """
 
@@ -261,8 +262,8 @@ class StoredGate:
         return Outcome(counts, starts)
 
     def _draw(self, rng: np.random.Generator) -> Floats:
-        """(n_metrics, sessions + 1, starts) of logs; the last session is the current one."""
-        shape = (self.sessions + 1, STARTS_STORED, 1)
+        """(n_metrics, sessions + 1, starts + 1) of logs; the last session is the current one."""
+        shape = (self.sessions + 1, STARTS_STORED + 1, 1)
         own = self.noise.draw(rng, len(self.tolerances), *shape)
         if self.correlation == 0:
             return own[..., 0]
@@ -274,16 +275,17 @@ class StoredGate:
         logs[:, -1] += math.log1p(self.change)
         sign = [[[-1.0 if METRICS[t.metric].higher_is_better else 1.0]] for t in self.tolerances]
         drawn = [[_samples(session) for session in metric] for metric in np.exp(np.array(sign) * logs)]
-        for number in range(1, self.looks + 1):
-            made = STARTS if self.looks == 1 else number
+        stored = [[session[:STARTS_STORED] for session in metric[:-1]] for metric in drawn]
+        for made in range(STARTS - self.looks + 1, STARTS + 2):
+            look = Look.after(made - STARTS + self.looks, self.looks)
             histories = [
-                MetricHistory(tolerance, metric[-1][:made], metric[:-1], self.prior)
-                for tolerance, metric in zip(self.tolerances, drawn, strict=True)
+                MetricHistory(tolerance, metric[-1][:made], sessions, self.prior)
+                for tolerance, metric, sessions in zip(self.tolerances, drawn, stored, strict=True)
             ]
-            status = overall_status(judge_metrics(histories, Look(number, self.looks)))
-            if status is not Status.INCONCLUSIVE:
-                return status, made
-        return Status.INCONCLUSIVE, STARTS
+            status = overall_status(judge_metrics(histories, look))
+            if not look.calls_for_another(status):
+                break
+        return status, made
 
 
 @dataclass(frozen=True)

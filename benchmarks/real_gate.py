@@ -415,13 +415,14 @@ def _count(
 ) -> dict[Status, int]:
     counts = dict.fromkeys(Status, 0)
     for _ in range(gates):
-        current = draw.sample(now, STARTS)
+        current = draw.sample(now, min(STARTS + 1, len(now)))
         taken = set(map(id, current))
         stored = _draw([start for start in plain if id(start) not in taken], STORED_SESSIONS * STARTS, draw)
         sessions = [
             [start.samples for start in stored[n * STARTS : (n + 1) * STARTS]] for n in range(STORED_SESSIONS)
         ]
-        verdicts = judge_in_looks([start.samples for start in current], sessions, tolerances, NOISE_PRIORS["cpu"])
+        seen = [start.samples for start in current]
+        verdicts = judge_in_looks(seen, sessions, tolerances, NOISE_PRIORS["cpu"], of=STARTS)
         counts[overall_status(verdicts)] += 1
     return counts
 

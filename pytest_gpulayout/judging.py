@@ -66,7 +66,7 @@ PriorOf = Callable[[str], NoisePrior]
 class GatePolicy:
     """How to judge.
 
-    :param starts: most fresh server starts per gate.
+    :param starts: most fresh server starts per gate, besides one that confirms a regression.
     :param budget_s: most seconds of measuring, ``None`` for no limit.
     :param tolerances: the gated metrics. :param may_write: ``False`` where nothing may be stored (in CI).
     """
@@ -159,10 +159,12 @@ def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateIn
     today = inputs.now_utc()[:10]
     while True:
         number = len(measurement.runs)
-        last = number >= policy.starts or _over_budget(measurement, inputs)
-        look = Look(policy.starts if last else number, policy.starts)
+        no_time = _over_budget(measurement, inputs)
+        look = Look.after(number, policy.starts)
+        if no_time:
+            look = replace(look, number=look.of)
         verdict = judge_once(measurement, baseline, policy, look, priors=priors, today=today, place=place)
-        if last or verdict.status is not Status.INCONCLUSIVE:
+        if no_time or not look.calls_for_another(verdict.status):
             return verdict, measurement
         inputs.say(why_again(verdict.metrics, number, policy.starts))
         measurement = _undisturbed(inputs.measure_again(measurement), inputs)

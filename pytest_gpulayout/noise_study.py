@@ -318,16 +318,17 @@ def judge_same_against_same(
     counts: dict[Status, int] = {}
     used = 0
 
-    def some(session: Sequence[Start]) -> list[Start]:
-        return draw.sample(session, min(gate_starts, len(session)))
+    def some(session: Sequence[Start], most: int = gate_starts) -> list[Start]:
+        return draw.sample(session, min(most, len(session)))
 
     for number in range(resamples):
         new = number % len(sessions)
         others = draw.sample([session for n, session in enumerate(sessions) if n != new], stored)
-        verdicts = judge_in_looks(some(sessions[new]), [some(other) for other in others], tolerances, prior)
+        current = some(sessions[new], gate_starts + 1)
+        verdicts = judge_in_looks(current, [some(other) for other in others], tolerances, prior, of=gate_starts)
         status = overall_status(verdicts)
         counts[status] = counts.get(status, 0) + 1
-        used += verdicts[0].n_current
+        used += verdicts[0].n_current + verdicts[0].n_confirming
     most = min(gate_starts, max(map(len, sessions)))
     return SameAgainstSame(len(sessions), stored, most, counts, used / resamples)
 
@@ -337,12 +338,16 @@ def judge_in_looks(
     stored: Sequence[Sequence[Start]],
     tolerances: Mapping[str, Tolerance],
     prior: NoisePrior,
+    *,
+    of: int,
 ) -> tuple[MetricVerdict, ...]:
-    """Judge starts one after the other, as a gate does that may make ``len(current)`` of them.
+    """Judge starts one after the other, as a gate does that looks after each of ``of``.
 
-    :param current: (n_starts,), in the order in which they are looked at. :param stored: sessions of one level.
+    :param current: (n_starts,), in the order in which they are looked at; one more than ``of`` where a regression
+        is to be confirmed. :param stored: sessions of one level.
     :returns: (n_metrics,), of the look that decided, or of the last one.
     """
+    looks = min(of, len(current))
     levels = {name: [[start[name] for start in session] for session in stored] for name in tolerances}
     for number in range(1, len(current) + 1):
         seen = current[:number]
@@ -350,8 +355,9 @@ def judge_in_looks(
             MetricHistory(tolerance, [start[name] for start in seen], levels[name], prior)
             for name, tolerance in tolerances.items()
         ]
-        verdicts = judge_metrics(histories, Look(number, len(current)))
-        if overall_status(verdicts) is not Status.INCONCLUSIVE:
+        look = Look.after(number, looks)
+        verdicts = judge_metrics(histories, look)
+        if not look.calls_for_another(overall_status(verdicts)):
             break
     return verdicts
 

@@ -103,8 +103,8 @@ OPTIONS = (
     Option(
         "starts",
         "N",
-        "most fresh server starts per performance gate, with --gpu-base most starts of each side "
-        "(default: 3, with --gpu-base 8)",
+        "most fresh server starts per performance gate, and one more that confirms a regression (default: 3); "
+        "with --gpu-base most starts of each side (default: 8)",
     ),
     Option("budget", "SECONDS", "most seconds of measuring per performance gate (default: no limit)"),
     Option(

@@ -21,10 +21,22 @@ FEW_SESSIONS = 5
 
 
 def why_again(metrics: Sequence[MetricVerdict], number: int, most: int) -> str:
-    """``start 1 of at most 3 does not decide median_tpot_ms (+2.1%, between -3.0% and +7.4%): one more``."""
-    open_ones = [metric for metric in metrics if metric.status is Status.INCONCLUSIVE]
-    told = ", ".join(f"{m.name} ({m.change:+.1%}, between {m.ci[0]:+.1%} and {m.ci[1]:+.1%})" for m in open_ones)
-    return f"start {number} of at most {most} does not decide {told or 'all metrics'}: one more"
+    """``start 1 of at most 3 does not decide median_tpot_ms (+2.1%, between -3.0% and +7.4%): one more``.
+
+    At the last one: ``start 3 of at most 3 shows a regression of ...: one more to confirm it``.
+    """
+    start = f"start {number} of at most {most}"
+    if overall_status(metrics) is Status.REGRESSION:
+        return f"{start} shows a regression of {_told(metrics, Status.REGRESSION)}: one more to confirm it"
+    return f"{start} does not decide {_told(metrics, Status.INCONCLUSIVE) or 'all metrics'}: one more"
+
+
+def _told(metrics: Sequence[MetricVerdict], status: Status) -> str:
+    return ", ".join(
+        f"{m.name} ({m.change:+.1%}, between {m.ci[0]:+.1%} and {m.ci[1]:+.1%})"
+        for m in metrics
+        if m.status is status
+    )
 
 
 def why_replaced(start: str, problems: str) -> str:
@@ -99,9 +111,10 @@ def what_it_takes(metric: MetricVerdict, starts: int) -> str:
     accept = f"accept a larger tolerance (--gpu-tolerance={metric.name}={percent_text(_enough(metric))})"
     needed = metric.requirement
     if metric.ordinary_starts:
+        starts_now = plural(metric.n_current + metric.n_confirming, "start")
         return (
-            f"{metric.ordinary_starts} of {plural(metric.n_current, 'start')} did not change, so a few slow ones may "
-            f"be all of it; {_narrow(starts)}, or {accept}"
+            f"{metric.ordinary_starts} of {starts_now} did not change, so a few slow ones may be all of it; "
+            f"{_narrow(starts)}, or {accept}"
         )
     if metric.n_current < starts:
         return f"the budget ended before {plural(starts, 'start')}; allow more seconds (--gpu-budget), or {accept}"

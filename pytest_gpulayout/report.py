@@ -164,12 +164,13 @@ def metric_lines(metric: MetricVerdict) -> list[str]:
     unit, better = METRICS[metric.name].unit, METRICS[metric.name].better
     factor = 1 + metric.tolerance if better == "lower" else 1 - metric.tolerance
     sign, word = ("<=", "+") if better == "lower" else (">=", "-")
+    confirming = f" and {metric.n_confirming} that confirms" if metric.n_confirming else ""
     return [
         f"{metric.status}: {metric.name} {quantity(metric.current, unit)}, "
         f"allowed {sign} {quantity(metric.baseline * factor, unit)} "
         f"(baseline {quantity(metric.baseline, unit)} {word} {percent_text(metric.tolerance)})",
         f"    change {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}, "
-        f"n = {plural(metric.n_current, 'start')} against {metric.n_baseline}, "
+        f"n = {plural(metric.n_current, 'start')} against {metric.n_baseline}{confirming}, "
         f"smallest change that could be seen {metric.min_detectable:.1%}",
     ]
 

@@ -5,8 +5,7 @@ U the upper bound at the level of a miss, D the smallest change that the gate ca
 
 =============  =========================================================================================
 regression     L > 0, the estimate is at least m/2 (at a true change of m it is below m half the time), and
-               every start now is worse than the stored mean: starts have a tail to the slow side, and two
-               slow ones beside an ordinary one are no change
+               every start now is worse than half of the stored ones, one that follows the last look included
 improvement    the mirror image
 pass           U < m and D <= m: a change that matters is ruled out. Not having seen one is not enough.
                As long as starts may follow, U < D too: a change of the size that is promised to be seen
@@ -23,6 +22,11 @@ A gate may look after each start. Every look before the last spends little of th
 one the rest; passes are not in such a hurry to be rare, and each look has the same share of theirs. The levels hold
 over all looks by the union bound. Neither a regression nor an improvement is called on one start when there may be
 another.
+
+Student's t knows normal noise, and server starts have a tail to the slow side: a few slow ones among three are more
+frequent than it says. So every start must show the change, and a regression of the last look calls for one more
+start, which has no part in the test and must show it, too. Where nothing has changed a start shows one half the time,
+whatever the shape of the noise; a change that can be detected shows in nearly every one.
 
 Scaling a metric changes nothing, and turning its direction around mirrors the verdict.
 """
@@ -132,7 +136,9 @@ class MetricVerdict:
     :param n_current: starts now. :param n_baseline: stored starts. :param n_sessions: stored sessions.
     :param is_settled: the spread rests on stored sessions alone, not on a prior.
     :param requirement: what a verdict would take; only where it is inconclusive.
-    :param ordinary_starts: of a change that the mean shows beyond doubt, the starts now that do not show it; 0 else.
+    :param n_confirming: starts beyond ``n_current`` that were made to confirm a regression; no number is of them.
+    :param ordinary_starts: of a change that the mean shows beyond doubt, the starts of both that do not show it; 0
+        where all do.
     """
 
     name: str
@@ -148,15 +154,32 @@ class MetricVerdict:
     n_sessions: int = 1
     is_settled: bool = False
     requirement: Requirement | None = None
+    n_confirming: int = 0
     ordinary_starts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Which look at the data this is. :param number: from 1. :param of: how many there may be."""
+    """Which look at the data this is.
+
+    :param number: from 1. :param of: how many there may be.
+    :param confirming: starts after those of the last look, which must show the change that it found.
+    """
 
     number: int
     of: int
+    confirming: int = 0
+
+    @classmethod
+    def after(cls, starts: int, of: int) -> Look:
+        """Return the look after so many starts, of a gate that looks after each of ``of``."""
+        return cls(min(starts, of), of, confirming=max(0, starts - of))
+
+    def calls_for_another(self, found: Status) -> bool:
+        """Whether one more start would serve: the verdict is open, or a regression that nothing has confirmed."""
+        if self.is_last:
+            return found is Status.REGRESSION and not self.confirming
+        return found is Status.INCONCLUSIVE
 
     @property
     def is_last(self) -> bool:
@@ -179,10 +202,12 @@ class Look:
 class _Judged:
     """What is known of one metric before the others are looked at.
 
-    :param ordinary_starts: starts now on the other side of the stored mean than their mean: they show no change.
+    :param starts: that were tested. :param ordinary_starts: starts now, those that confirm included, that do not lie
+        on the changed side of the median of the stored starts: they show no change.
     """
 
     history: MetricHistory
+    starts: int
     effect: Effect
     spread: Spread
     stored_mean: float
@@ -197,9 +222,10 @@ class _Judged:
 def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[MetricVerdict, ...]:
     """Judge the gated metrics of this session together against the stored ones.
 
-    :param histories: (n_metrics,), each with at least one start now and one stored session.
-    :param look: ``look.of`` is the number of starts that there may be; the last look is one that no start follows,
-        however many there are.
+    :param histories: (n_metrics,), each with at least one start now and one stored session; the last
+        ``look.confirming`` of its starts now have no part in the test.
+    :param look: ``look.of`` is the number of starts that there may be; the last look is one that no start follows
+        but to confirm it, however many there are.
     :returns: one verdict for each, in this order.
     :raises MeasurementError: a metric has no start now, or no stored one, or a value that is no number above zero.
     """
@@ -207,7 +233,7 @@ def judge_metrics(histories: Sequence[MetricHistory], look: Look) -> tuple[Metri
         return ()
     for history in histories:
         _require_numbers(history)
-    judged = [_effect_of(history) for history in histories]
+    judged = [_effect_of(history, look.confirming) for history in histories]
     worse = bound_level([item.p_value(item.effect.p_worse) for item in judged], look.alarm)
     better = bound_level([item.p_value(item.effect.p_better) for item in judged], look.alarm)
     return tuple(_verdict(item, look, worse, better, len(judged)) for item in judged)
@@ -243,16 +269,17 @@ def _require_numbers(history: MetricHistory) -> None:
             )
 
 
-def _effect_of(history: MetricHistory) -> _Judged:
+def _effect_of(history: MetricHistory, confirming: int) -> _Judged:
     sign = -1.0 if METRICS[history.tolerance.metric].better == "higher" else 1.0
     level, others = log_sessions(history.level, sign), [log_sessions(group, sign) for group in history.others]
-    current = _log_session(history.current, sign)
+    now = _log_session(history.current, sign)
+    current = now[: len(now) - confirming]
     everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
     spread = estimate_spread(level, others, current, history.prior, start_variance_floor=batch_noise(everything))
     effect = estimate_effect(current, level, spread)
-    stored_mean = mean_of_means(level)
-    ordinary_starts = sum((value - stored_mean) * effect.size <= 0 for value in current)
-    return _Judged(history, effect, spread, stored_mean, ordinary_starts, sign)
+    ordinary = median([value for session in level for value in session])
+    ordinary_starts = sum((value - ordinary) * effect.size <= 0 for value in now)
+    return _Judged(history, len(current), effect, spread, mean_of_means(level), ordinary_starts, sign)
 
 
 def log_sessions(sessions: Samples, sign: float = 1.0) -> list[list[float]]:
@@ -270,7 +297,7 @@ def mean_of_means(sessions: Sequence[Session]) -> float:
 
 
 def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: int) -> MetricVerdict:
-    tolerance, effect, sign, starts = item.history.tolerance, item.effect, item.sign, len(item.history.current)
+    tolerance, effect, sign, starts = item.history.tolerance, item.effect, item.sign, item.starts
     margin = tolerance.margin
     reach = _reach(item.spread, margin / 2, metrics, starts if look.is_last else max(look.of, starts), look.of)
     low, high = effect.lower(worse), effect.upper(look.miss)
@@ -298,6 +325,7 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
         n_sessions=item.spread.sessions,
         is_settled=item.spread.is_settled,
         requirement=require(item.spread, tolerance, metrics) if status is Status.INCONCLUSIVE else None,
+        n_confirming=look.confirming,
         ordinary_starts=item.ordinary_starts if moved is not None else 0,
     )
 

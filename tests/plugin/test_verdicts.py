@@ -54,7 +54,8 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
         [
             "regression: request_throughput fell by 23%, median_ttft_ms rose by 30% and median_tpot_ms rose *",
             "regression: median_ttft_ms 26.0 ms, allowed <= 21.6 ms (baseline 20.0 ms + 8%)",
-            "    change +30.0%, interval +*% to +*%, n = * starts against 3, smallest change that could be seen *%",
+            "    change +30.0%, interval +*% to +*%, n = 3 starts against 3 and 1 that confirms, smallest change that "
+            "could be seen *%",
             "  changed since the baseline: driver: 580.65.06 -> 999.1",
             "  provisional: 1 stored session*",
             "  layout tp1 on 1 x NVIDIA H200 (GPU 0), model org/tiny, workload smoke",
@@ -65,7 +66,7 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
     )
     result.stdout.fnmatch_lines(["    request_throughput *  -23.1%  regression"])
     result.stdout.no_fnmatch_line("*Traceback*")
-    assert gate.starts == 3
+    assert gate.starts == 4  # the fourth confirms it
 
 
 def test_a_regression_carries_what_else_changed(suite: Suite) -> None:
@@ -232,7 +233,7 @@ def test_starts_limit_a_verdict(gate: Suite) -> None:
     result = gate.run("--gpu-layout=tp1", "--gpu-starts=1")
 
     result.assert_outcomes(failed=1)
-    assert gate.starts == 1
+    assert gate.starts == 2  # the second confirms the regression
 
 
 def test_budget_ends_measuring(suite: Suite) -> None:

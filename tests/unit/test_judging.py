@@ -189,7 +189,7 @@ class Hurried(InMemoryBaselines):
 @pytest.mark.parametrize(("factor", "status"), [(1.0, Status.PASS), (1.5, Status.REGRESSION)])
 def test_new_judges_against_what_somebody_else_recorded_in_the_meantime(factor: float, status: Status) -> None:
     store = Hurried(baseline_to_text(STEADY))
-    verdict = Gate(store, later=[factor, factor], mode="new").judge(measurement_of(factor))
+    verdict = Gate(store, later=[factor] * 3, mode="new").judge(measurement_of(factor))
     assert (verdict.status, verdict.stored) == (status, "")
     assert store.texts == {key().path: baseline_to_text(STEADY)}
 
@@ -240,7 +240,8 @@ def test_off_judges_nothing_and_is_no_pass() -> None:
         (0.5, [0.5], 3, Status.IMPROVEMENT, 2),
         (0.5, [], 1, Status.IMPROVEMENT, 1),
         (1.5, [1.5], 3, Status.REGRESSION, 2),
-        (1.5, [], 1, Status.REGRESSION, 1),
+        (1.5, [1.5], 1, Status.REGRESSION, 2),  # the second one confirms
+        (1.5, [0.9], 1, Status.INCONCLUSIVE, 2),
         (1.07, [1.0, 1.0], 3, Status.PASS, 3),
     ],
 )
@@ -251,12 +252,35 @@ def test_starts_until_the_verdict_is_clear(
     assert (gate.judge(measurement_of(first)).status, gate.measured) == (status, measured)
 
 
+UNSTEADY = baseline_of(*([1 + 4 * (wave - 1) + shift for shift in (0.0, 0.02, -0.02)] for wave in WAVES))
+"""Sessions among which two starts do not decide a change of 10 %, and three do."""
+
+
+@pytest.mark.parametrize(("confirming", "status"), [(1.1, Status.REGRESSION), (0.98, Status.INCONCLUSIVE)])
+def test_a_regression_of_the_last_look_is_confirmed_by_one_more_start(confirming: float, status: Status) -> None:
+    gate = Gate(holding(UNSTEADY), later=[1.1, 1.1, confirming])
+    verdict = gate.judge(measurement_of(1.1))
+    assert (verdict.status, gate.measured) == (status, 4)
+    assert gate.said[-1].startswith("start 3 of at most 3 shows a regression of request_throughput (-9.1%, between -")
+    assert gate.said[-1].endswith("): one more to confirm it")
+    [tpot] = [metric for metric in verdict.metrics if metric.name == "median_tpot_ms"]
+    assert (tpot.n_current, tpot.n_confirming, tpot.change) == (3, 1, pytest.approx(0.1, abs=2e-3))
+    unconfirmed = "1 of 4 starts did not change, so a few slow ones may be all of it; more starts narrow it"
+    assert (unconfirmed in "".join(verdict.reasons)) == (status is Status.INCONCLUSIVE)
+
+
 def test_each_further_start_is_announced_with_its_reason() -> None:
     gate = Gate(holding(STEADY), later=[1.5])
     gate.judge(measurement_of(1.5))
     [line] = gate.said
     assert line.startswith("start 1 of at most 3 does not decide request_throughput (-33.3%, between ")
     assert line.endswith("): one more")
+
+
+@pytest.mark.parametrize(("budget_s", "measured"), [(39.0, 3), (40.0, 4)])
+def test_no_time_to_confirm_a_regression_leaves_it_one(budget_s: float, measured: int) -> None:
+    gate = Gate(holding(UNSTEADY), later=[1.1] * 3, seconds=10.0, budget_s=budget_s)
+    assert (gate.judge(measurement_of(1.1)).status, gate.measured) == (Status.REGRESSION, measured)
 
 
 def test_what_cannot_be_decided_is_inconclusive_and_says_what_it_takes() -> None:

@@ -202,7 +202,7 @@ def test_a_clear_regression_stops_at_the_second_start() -> None:
     sessions = drawn(9, 3, of_sessions=0.002, of_starts=0.004)
     stored = [[as_start(run) for run in session] for session in sessions]
     slow = [as_start(start(value)) for value in (13.0, 13.1, 13.2)]
-    (verdict,) = judge_in_looks(slow, stored, ONE, PRIOR)
+    (verdict,) = judge_in_looks(slow, stored, ONE, PRIOR, of=3)
     assert (verdict.status, verdict.n_current) == (Status.REGRESSION, 2)
 
 

@@ -126,6 +126,44 @@ def test_a_change_shows_in_every_start(current: Sequence[float], status: Status,
         assert (verdict.status, verdict.ordinary_starts) == (status, ordinary)
 
 
+@pytest.mark.parametrize(
+    ("confirming", "status", "ordinary"),
+    [(101.0, Status.REGRESSION, 0), (300.0, Status.REGRESSION, 0), (99.5, Status.INCONCLUSIVE, 1)],
+)
+def test_a_start_that_confirms_has_no_part_in_the_test(confirming: float, status: Status, ordinary: int) -> None:
+    level = [[100.0, 100.2, 99.8], [100.1, 99.9, 100.0], [100.0, 100.0, 100.0]] * 4
+    for tolerance, sign in ((LATENCY, 1), (RATE, -1)):
+        current = [100 * (value / 100) ** sign for value in (110.0, 112.0, 108.0, confirming)]
+        before = judge(tolerance, *current[:3], level=level, look=Look(3, 3))
+        after = judge(tolerance, *current, level=level, look=Look(3, 3, confirming=1))
+        assert before.status is Status.REGRESSION
+        assert (after.status, after.ordinary_starts, after.n_confirming) == (status, ordinary, 1)
+        assert (after.current, after.change, after.n_current) == (before.current, before.change, 3)
+        assert status is not Status.REGRESSION or after.ci == before.ci
+
+
+def test_half_of_the_stored_starts_are_ordinary_however_slow_the_others_are() -> None:
+    """A tail to the slow side moves the mean of what is stored, and not what an ordinary start is."""
+    level = [[100.0, 100.0, 106.0]] * 10
+    verdict = judge(LATENCY, 101.5, 112.0, 112.0, level=level, prior=NoisePrior(start_sd=0.001, session_sd=0.001))
+    assert verdict.baseline > 101.5
+    assert (verdict.status, verdict.ordinary_starts) == (Status.REGRESSION, 0)
+
+
+@pytest.mark.parametrize(
+    ("starts", "look", "called_for"),
+    [
+        (1, Look(1, 3), {Status.INCONCLUSIVE}),
+        (2, Look(2, 3), {Status.INCONCLUSIVE}),
+        (3, Look(3, 3), {Status.REGRESSION}),
+        (4, Look(3, 3, confirming=1), set()),
+    ],
+)
+def test_when_one_more_start_would_serve(starts: int, look: Look, called_for: set[Status]) -> None:
+    assert Look.after(starts, 3) == look
+    assert {status for status in Status if look.calls_for_another(status)} == called_for
+
+
 def test_a_small_change_that_is_certain_is_no_regression() -> None:
     verdict = judge(LATENCY, 102.0, 102.0, 102.0, prior=NoisePrior(start_sd=1e-4, session_sd=1e-4))
     assert verdict.ci[0] > 0
@@ -372,20 +410,20 @@ def simulate(
     """One gate with fresh noise, independent between metrics; ``None`` changes the first by what it can detect."""
     drawn = []
     for _ in range(metrics):
-        logs = rng.normal(0, noise.session_sd, (stored + 1, 1)) + rng.normal(0, noise.start_sd, (stored + 1, 3))
+        logs = rng.normal(0, noise.session_sd, (stored + 1, 1)) + rng.normal(0, noise.start_sd, (stored + 1, 4))
         drawn.append(np.exp(logs))
     drawn[0][-1] *= 1 + (_detectable(drawn, noise, looks) if change is None else change)
-    for number in range(1, looks + 1):
-        made = number if looks > 1 else 3
-        histories = [history(LATENCY, values[-1][:made], list(values[:-1]), noise) for values in drawn]
-        status = overall_status(judge_metrics(histories, Look(number, looks)))
-        if status is not Status.INCONCLUSIVE:
-            return status
-    return Status.INCONCLUSIVE
+    for made in range(3 - looks + 1, 5):
+        look = Look.after(made - 3 + looks, looks)
+        histories = [history(LATENCY, values[-1][:made], [s[:3] for s in values[:-1]], noise) for values in drawn]
+        status = overall_status(judge_metrics(histories, look))
+        if not look.calls_for_another(status):
+            break
+    return status
 
 
 def _detectable(drawn: Sequence[np.ndarray[Any, np.dtype[np.float64]]], noise: NoisePrior, looks: int) -> float:
-    histories = [history(LATENCY, values[-1], list(values[:-1]), noise) for values in drawn]
+    histories = [history(LATENCY, values[-1][:3], [s[:3] for s in values[:-1]], noise) for values in drawn]
     return judge_metrics(histories, Look(looks, looks))[0].min_detectable
 
 
