@@ -54,8 +54,8 @@ def test_regression_fails_and_says_what_where_and_what_next(gate: Suite) -> None
         [
             "regression: request_throughput fell by 23%, median_ttft_ms rose by 30% and median_tpot_ms rose *",
             "regression: median_ttft_ms 26.0 ms, allowed <= 21.6 ms (baseline 20.0 ms + 8%)",
-            "    change +30.0%, interval +*% to +*%, n = 3 starts against 3 and 1 that confirms, smallest change that "
-            "could be seen *%",
+            "    change +30.0%, interval +*% to +*%, n = 3 starts against 3 and 1 that confirms, smallest "
+            "change that could be seen *%",
             "  changed since the baseline: driver: 580.65.06 -> 999.1",
             "  provisional: 1 stored session*",
             "  layout tp1 on 1 x NVIDIA H200 (GPU 0), model org/tiny, workload smoke",
