@@ -98,12 +98,19 @@ def why_open(metrics: Sequence[MetricVerdict], starts: int) -> list[str]:
         return stopped_early(metrics)
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
-        f"a change of {percent_text(metric.tolerance)} cannot be ruled out with "
+        f"{_unknown(metric)} with "
         f"{plural(metric.n_current, 'start')} now and {plural(metric.n_sessions, 'stored session')}: "
         f"{what_it_takes(metric, starts)}"
         for metric in metrics
         if metric.status is Status.INCONCLUSIVE
     ]
+
+
+def _unknown(metric: MetricVerdict) -> str:
+    """What keeps a metric from a pass: the interval holds a change that matters, or such a change could go unseen."""
+    if _worst(metric) < metric.tolerance < metric.min_detectable:
+        return f"changes below {percent_text(_rounded_up(metric.min_detectable))} could go unseen"
+    return f"a change of {percent_text(metric.tolerance)} cannot be ruled out"
 
 
 def what_it_takes(metric: MetricVerdict, starts: int) -> str:
@@ -143,8 +150,12 @@ def _narrow(starts: int) -> str:
 
 def _enough(metric: MetricVerdict) -> float:
     """The smallest tolerance, in steps of 0.1 %, with which these numbers would have passed."""
-    worst = metric.ci[1] if METRICS[metric.name].better == "lower" else -metric.ci[0]
-    return _rounded_up(max(metric.min_detectable, worst))
+    return _rounded_up(max(metric.min_detectable, _worst(metric)))
+
+
+def _worst(metric: MetricVerdict) -> float:
+    """The end of the interval where it is worst, as a fraction of the stored value."""
+    return metric.ci[1] if METRICS[metric.name].better == "lower" else -metric.ci[0]
 
 
 def _rounded_up(fraction: float) -> float:

@@ -26,7 +26,7 @@ from pytest_gpulayout.judging import (
     what_changed,
 )
 from pytest_gpulayout.measurement import Measurement
-from pytest_gpulayout.reasons import what_it_takes
+from pytest_gpulayout.reasons import what_it_takes, why_open
 from pytest_gpulayout.stats import NoisePrior
 from pytest_gpulayout.testing import InMemoryBaselines
 from pytest_gpulayout.tolerance import Tolerance, parse_tolerances
@@ -342,6 +342,23 @@ OPEN = MetricVerdict(
 def test_what_a_verdict_would_take(metric: MetricVerdict, starts: int, told: str) -> None:
     accept = "accept a larger tolerance (--gpu-tolerance=median_ttft_ms=13.2%)"
     assert what_it_takes(metric, starts) == told.format(accept=accept)
+
+
+@pytest.mark.parametrize(
+    ("metric", "unknown"),
+    [
+        (OPEN, "a change of 8% cannot be ruled out with"),
+        (replace(OPEN, ci=(-0.05, 0.06)), "changes below 9.3% could go unseen with"),
+        (
+            replace(OPEN, name="request_throughput", ci=(-0.06, 0.3)),  # 30 % more is no worse
+            "changes below 9.3% could go unseen with",
+        ),
+        (replace(OPEN, ci=(-0.05, 0.06), min_detectable=0.04), "a change of 8% cannot be ruled out with"),
+    ],
+)
+def test_what_an_open_verdict_leaves_unknown(metric: MetricVerdict, unknown: str) -> None:
+    [reason] = why_open([metric], 3)
+    assert unknown in reason
 
 
 def test_the_tolerance_that_is_advised_would_have_passed() -> None:
