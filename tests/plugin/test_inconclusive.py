@@ -29,7 +29,7 @@ def test_warn_has_its_own_letter_and_count_and_is_no_pass(gate: Suite) -> None:
         [
             "  smoke: inconclusive, 3 server starts *",
             "    median_ttft_ms * inconclusive",
-            "    median_ttft_ms: changed by *, interval * to *; a change of 8% cannot be ruled out with 3 starts now "
+            "    median_ttft_ms: changed by *, interval * to *; changes below * could go unseen with 3 starts now "
             "and 1 stored session: *--gpu-tolerance=median_ttft_ms=*%*",
             "*= 1 inconclusive in *",
         ]
@@ -59,7 +59,7 @@ def test_fail_fails_the_test_and_says_what_it_would_take(gate: Suite, origin: st
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "inconclusive: median_ttft_ms: changed by *, interval * to *; a change of 8% cannot be ruled out with *",
+            "inconclusive: median_ttft_ms: changed by *, interval * to *; changes below * could go unseen with *",
             "  provisional: 1 stored session; the spread rests partly on the documented prior",
             "  layout tp1 on 1 x NVIDIA H200 (GPU 0), model org/tiny, workload smoke",
             "  accept it: pytest *--gpu-baseline=update *",
