@@ -202,12 +202,11 @@ class Look:
 class _Judged:
     """What is known of one metric before the others are looked at.
 
-    :param starts: that were tested. :param ordinary_starts: starts now, those that confirm included, that do not lie
-        on the changed side of the median of the stored starts: they show no change.
+    :param ordinary_starts: starts now, those that confirm included, that do not lie on the changed side of the median
+        of the stored starts: they show no change.
     """
 
     history: MetricHistory
-    starts: int
     effect: Effect
     spread: Spread
     stored_mean: float
@@ -272,14 +271,15 @@ def _require_numbers(history: MetricHistory) -> None:
 def _effect_of(history: MetricHistory, confirming: int) -> _Judged:
     sign = -1.0 if METRICS[history.tolerance.metric].better == "higher" else 1.0
     level, others = log_sessions(history.level, sign), [log_sessions(group, sign) for group in history.others]
-    now = _log_session(history.current, sign)
-    current = now[: len(now) - confirming]
-    everything = [*history.current, *(s for group in (history.level, *history.others) for e in group for s in e)]
+    tested = history.current[: len(history.current) - confirming]
+    current = _log_session(tested, sign)
+    everything = [*tested, *(s for group in (history.level, *history.others) for e in group for s in e)]
     spread = estimate_spread(level, others, current, history.prior, start_variance_floor=batch_noise(everything))
     effect = estimate_effect(current, level, spread)
     ordinary = median([value for session in level for value in session])
+    now = _log_session(history.current, sign)
     ordinary_starts = sum((value - ordinary) * effect.size <= 0 for value in now)
-    return _Judged(history, len(current), effect, spread, mean_of_means(level), ordinary_starts, sign)
+    return _Judged(history, effect, spread, mean_of_means(level), ordinary_starts, sign)
 
 
 def log_sessions(sessions: Samples, sign: float = 1.0) -> list[list[float]]:
@@ -297,7 +297,8 @@ def mean_of_means(sessions: Sequence[Session]) -> float:
 
 
 def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: int) -> MetricVerdict:
-    tolerance, effect, sign, starts = item.history.tolerance, item.effect, item.sign, item.starts
+    tolerance, effect, sign = item.history.tolerance, item.effect, item.sign
+    starts = len(item.history.current) - look.confirming
     margin = tolerance.margin
     reach = _reach(item.spread, margin / 2, metrics, starts if look.is_last else max(look.of, starts), look.of)
     low, high = effect.lower(worse), effect.upper(look.miss)

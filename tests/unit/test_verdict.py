@@ -142,6 +142,16 @@ def test_a_start_that_confirms_has_no_part_in_the_test(confirming: float, status
         assert status is not Status.REGRESSION or after.ci == before.ci
 
 
+def test_the_batches_of_a_start_that_confirms_widen_nothing() -> None:
+    """The noise of batches is a floor of the spread: that of a start without part in the test is none."""
+    level = [[MetricSample((100.0,))] * 3] * 10
+    prior = NoisePrior(start_sd=0.001, session_sd=0.001)
+    tested, restless = [MetricSample((110.0,))] * 2, MetricSample((60.0, 110.0, 180.0))
+    before = judge_metrics([MetricHistory(LATENCY, tested, level, prior)], Look(2, 2))
+    after = judge_metrics([MetricHistory(LATENCY, [*tested, restless], level, prior)], Look(2, 2, confirming=1))
+    assert (after[0].ci, after[0].min_detectable) == (before[0].ci, before[0].min_detectable)
+
+
 def test_half_of_the_stored_starts_are_ordinary_however_slow_the_others_are() -> None:
     """A tail to the slow side moves the mean of what is stored, and not what an ordinary start is."""
     level = [[100.0, 100.0, 106.0]] * 10
