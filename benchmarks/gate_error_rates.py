@@ -1,20 +1,22 @@
 """How often gates are wrong: this one's verdicts beside the rules of others, on the same simulated noise.
 
 The first two tables have one gated metric with a margin of 5 %, and three kinds of noise: for each rule, how often it
-is red on identical code, and how often it finds a true +5 %. The third has 3 and 12 metrics: how often any is red on
-identical code. The last is the gate as it is shipped (three metrics, up to three starts) on noise exactly as the
-shipped priors assume it.
+is red on identical code, and how often it finds a true +5 %. The third sets this project's verdicts beside the plain
+tests that they are built on, gate by gate on the same numbers: what the guards and looks cost and spare. The fourth
+has 3 and 12 metrics: how often any is red on identical code. The last is the gate as it is shipped (three metrics, up
+to three starts) on noise exactly as the shipped priors assume it.
 
 Noise is normal on the log scale: between sessions, between server starts of a session, between repeats on one server;
 ``two modes`` adds 12 % to two of five starts. Real noise has heavier tails, so both kinds of error are more frequent.
 The rules of others are written here from their documents and sources, one value per night where they look at a
 history; only Otava is the real package, where it is installed. The rules of this project are not copied: it is
 ``judge_metrics`` and ``judge_pairs`` that decide, on values as a baseline holds them, with the shipped priors and
-numbers of starts. Files and servers are left out (``judge_metrics`` is called after each start, as
+numbers of starts. Files and servers are left out (``judge_in_looks`` judges after each start, as
 ``judge_performance`` does); they do not touch the numbers. From the repository's root::
 
     python benchmarks/gate_error_rates.py
     python benchmarks/gate_error_rates.py --trials 40000 --seed 2
+    python benchmarks/gate_error_rates.py --trials 200000 --only plain
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,14 +38,16 @@ from importlib.util import find_spec
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.special import fdtri, stdtr
 
 from pytest_gpulayout.adapters.cpu_host import cpu_model
 from pytest_gpulayout.judging import NOISE_PRIORS
 from pytest_gpulayout.metrics import METRICS
-from pytest_gpulayout.pairs import PairedHistory, judge_pairs, spread_of_starts
-from pytest_gpulayout.stats import NoisePrior
+from pytest_gpulayout.noise_study import judge_in_looks, wilson_interval
+from pytest_gpulayout.pairs import LOOKS, USUAL_BLOCKS, PairedHistory, StartSpread, judge_pairs, spread_of_starts
+from pytest_gpulayout.stats import NoisePrior, t_quantile
 from pytest_gpulayout.tolerance import Tolerance, parse_tolerances
-from pytest_gpulayout.verdict import Look, MetricHistory, MetricSample, Status, judge_metrics, overall_status
+from pytest_gpulayout.verdict import FALSE_ALARM, MetricSample, Status, overall_status
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -75,6 +79,12 @@ class Noise:
         between = rng.normal(0, self.session, (trials, sessions, 1, 1))
         drawn: Floats = between + luck + rng.normal(0, self.within, shape)
         return drawn
+
+    @property
+    def variance_of_start(self) -> float:
+        """Of the log of one repeat on one start of a session."""
+        share, shift = self.second_mode
+        return self.start**2 + self.within**2 + share * (1 - share) * shift**2
 
 
 NOISES = (
@@ -206,14 +216,53 @@ def otava_found(rng: np.random.Generator, noise: Noise, shift: float, bad_runs: 
     return found / trials
 
 
+# --- the tests that this project's rules are built on, without guards, early looks and margins of safety ---
+
+
+def plain_prediction(logs: Floats) -> bool:
+    """Whether the last session's mean is above the 99 % prediction bound of the others. :param logs: (K + 1, r)."""
+    *stored, now = logs.mean(1)
+    bound = t_quantile(1 - FALSE_ALARM, len(stored) - 1) * np.std(stored, ddof=1) * math.sqrt(1 + 1 / len(stored))
+    return bool(now - np.mean(stored) > bound)
+
+
+PLAIN_LEVELS = {0: (0.0027, 0.0168), 16: (0.0034, 0.0196)}
+"""Of a look at pairs: a false alarm, a miss; 1 % and 5 % over all looks (Pocock), found by simulation."""
+
+
+def plain_pairs(differences: Floats, stored: StartSpread | None, margin: float) -> bool:
+    """Whether one of the t tests after 3, 4, 5, 6 and 8 blocks is red, and none passes before it.
+
+    :param differences: (8,) of logs. :param stored: known from other sessions. :param margin: on the log scale.
+    """
+    for blocks in LOOKS:
+        seen = differences[:blocks]
+        squares, df = float(((seen - seen.mean()) ** 2).sum()), blocks - 1
+        variance, known_df = squares / df, 0
+        if stored and variance <= 2 * stored.variance * fdtri(df, stored.df, 0.90):
+            known_df = int(stored.df)
+            variance = (squares + known_df * 2 * stored.variance) / (known_df + df)
+        alarm, miss = PLAIN_LEVELS[known_df]
+        error = math.sqrt(variance / blocks)
+        if stdtr(known_df + df, -seen.mean() / error) < alarm and seen.mean() >= margin / 2:
+            return True
+        if stdtr(known_df + df, (seen.mean() - margin) / error) < miss:
+            return False
+    return False
+
+
 # --- this project's ---
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many gates ended how. :param starts: server starts (or blocks of two) of all of them together."""
+    """How many gates ended how.
 
-    counts: Counter[Status]
+    :param counts: of this project's verdict, and whether the plain test of the same numbers is red; ``None`` without.
+    :param starts: server starts (or blocks of two) of all gates together.
+    """
+
+    counts: Counter[tuple[Status, bool | None]]
     starts: int
 
     @property
@@ -223,12 +272,31 @@ class Outcome:
 
     def share(self, status: Status) -> float:
         """Of the gates, in percent."""
-        return 100 * self.counts[status] / self.trials
+        return 100 * self._count(status) / self.trials
 
     def share_text(self, status: Status) -> str:
         """``0.9 [0.7, 1.1]``: percent and its 95 % interval (Wilson, JASA 22, 1927)."""
-        interval = stats.binomtest(self.counts[status], self.trials).proportion_ci(method="wilson")
-        return f"{self.share(status):.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+        return _share_text(self._count(status), self.trials)
+
+    def plain_text(self) -> str:
+        """The share of gates in which the plain test is red."""
+        return _share_text(sum(n for (_, plain), n in self.counts.items() if plain), self.trials)
+
+    def beyond_plain_text(self) -> str:
+        """This project's share of red less the plain test's, and its 95 % interval for pairs (McNemar)."""
+        ours = sum(n for (status, plain), n in self.counts.items() if status is Status.REGRESSION and not plain)
+        theirs = sum(n for (status, plain), n in self.counts.items() if status is not Status.REGRESSION and plain)
+        difference = (ours - theirs) / self.trials
+        half = 1.96 * math.sqrt(((ours + theirs) / self.trials - difference**2) / self.trials)
+        return f"{100 * difference:+.2f} [{100 * (difference - half):+.2f}, {100 * (difference + half):+.2f}]"
+
+    def _count(self, status: Status) -> int:
+        return sum(n for (found, _), n in self.counts.items() if found is status)
+
+
+def _share_text(found: int, trials: int) -> str:
+    low, high = wilson_interval(found, trials)
+    return f"{100 * found / trials:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 @dataclass(frozen=True)
@@ -253,47 +321,56 @@ class StoredGate:
     def run(self) -> Outcome:
         """Judge one fresh history per gate."""
         rng = np.random.default_rng(self.seed)
-        counts: Counter[Status] = Counter()
+        counts: Counter[tuple[Status, bool | None]] = Counter()
         starts = 0
         for _ in range(self.trials):
-            status, made = self._gate(self._draw(rng))
-            counts[status] += 1
+            logs = self._draw(rng)
+            status, made = self._gate(logs)
+            has_plain = len(self.tolerances) == 1 and self.sessions > 1
+            counts[status, plain_prediction(logs[0, :, :STARTS]) if has_plain else None] += 1
             starts += made
         return Outcome(counts, starts)
 
     def _draw(self, rng: np.random.Generator) -> Floats:
-        """(n_metrics, sessions + 1, starts + 1) of logs; the last session is the current one."""
+        """(n_metrics, sessions + 1, starts + 1) of logs, larger is worse; the last session is the current one."""
         shape = (self.sessions + 1, STARTS_STORED + 1, 1)
-        own = self.noise.draw(rng, len(self.tolerances), *shape)
-        if self.correlation == 0:
-            return own[..., 0]
-        shared = self.noise.draw(rng, 1, *shape)
-        mixed: Floats = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * own
-        return mixed[..., 0]
+        logs = self.noise.draw(rng, len(self.tolerances), *shape)[..., 0]
+        if self.correlation:
+            shared = self.noise.draw(rng, 1, *shape)[..., 0]
+            logs = math.sqrt(self.correlation) * shared + math.sqrt(1 - self.correlation) * logs
+        logs[:, -1] += math.log1p(self.change)
+        return logs
 
     def _gate(self, logs: Floats) -> tuple[Status, int]:
-        logs[:, -1] += math.log1p(self.change)
-        sign = [[[-1.0 if METRICS[t.metric].higher_is_better else 1.0]] for t in self.tolerances]
-        drawn = [[_samples(session) for session in metric] for metric in np.exp(np.array(sign) * logs)]
-        stored = [[session[:STARTS_STORED] for session in metric[:-1]] for metric in drawn]
-        for made in range(STARTS - self.looks + 1, STARTS + 2):
-            look = Look.after(made - STARTS + self.looks, self.looks)
-            histories = [
-                MetricHistory(tolerance, metric[-1][:made], sessions, self.prior)
-                for tolerance, metric, sessions in zip(self.tolerances, drawn, stored, strict=True)
-            ]
-            status = overall_status(judge_metrics(histories, look))
-            if not look.calls_for_another(status):
-                break
-        return status, made
+        """The verdict, and the starts that it took."""
+        tolerances = {tolerance.metric: tolerance for tolerance in self.tolerances}
+        signs = [-1.0 if METRICS[name].higher_is_better else 1.0 for name in tolerances]
+        *stored, current = (
+            [dict(zip(tolerances, _samples(values), strict=True)) for values in session]
+            for session in np.exp(np.moveaxis(logs, 0, -1) * signs)
+        )
+        verdicts = judge_in_looks(
+            current,
+            [session[:STARTS_STORED] for session in stored],
+            tolerances,
+            self.prior,
+            of=STARTS,
+            first=STARTS - self.looks + 1,
+        )
+        return overall_status(verdicts), verdicts[0].n_current + verdicts[0].n_confirming
 
 
 @dataclass(frozen=True)
 class PairedGate:
-    """Gates of up to eight blocks. :param stored_sessions: of three starts, whose spread between starts is known."""
+    """Gates of up to eight blocks.
+
+    :param stored_sessions: of three starts, whose spread between starts is known.
+    :param is_normal: what is stored is no draw of such starts: a variance like that of normal ones with the same sd.
+    """
 
     noise: Noise
     stored_sessions: int
+    is_normal: bool = False
     change: float = 0.0
     trials: int = 1000
     seed: tuple[int, ...] = field(default=(1,))
@@ -301,20 +378,26 @@ class PairedGate:
     def run(self) -> Outcome:
         """Judge the blocks of each gate; the session's luck is in both sides, so it is in none."""
         rng = np.random.default_rng(self.seed)
-        counts: Counter[Status] = Counter()
+        counts: Counter[tuple[Status, bool | None]] = Counter()
         blocks = 0
         for _ in range(self.trials):
-            sides = np.exp(self.noise.draw(rng, 1, 1, 16, 1)[0, 0, :, 0])
-            sides[:8] *= 1 + self.change
-            stored = None
-            if self.stored_sessions:
-                before = np.exp(self.noise.draw(rng, 1, self.stored_sessions, STARTS_STORED, 1)[0, ..., 0])
-                stored = spread_of_starts([[_samples(session) for session in before]])
-            history = PairedHistory(ONE_METRIC[0], _samples(sides[:8]), _samples(sides[8:]), stored)
-            verdict = judge_pairs([history])[0]
-            counts[verdict.status] += 1
+            logs = self.noise.draw(rng, 1, 1, 2 * USUAL_BLOCKS, 1)[0, 0, :, 0].reshape(2, USUAL_BLOCKS)
+            logs[0] += math.log1p(self.change)
+            stored = self._stored(rng)
+            candidate, base = map(_samples, np.exp(logs))
+            verdict = judge_pairs([PairedHistory(ONE_METRIC[0], candidate, base, stored)])[0]
+            counts[verdict.status, plain_pairs(logs[0] - logs[1], stored, ONE_METRIC[0].margin)] += 1
             blocks += verdict.n_current
         return Outcome(counts, blocks)
+
+    def _stored(self, rng: np.random.Generator) -> StartSpread | None:
+        if not self.stored_sessions:
+            return None
+        if self.is_normal:
+            df = self.stored_sessions * (STARTS_STORED - 1)
+            return StartSpread(self.noise.variance_of_start * rng.chisquare(df) / df, df)
+        before = np.exp(self.noise.draw(rng, 1, self.stored_sessions, STARTS_STORED, 1)[0, ..., 0])
+        return spread_of_starts([[_samples(session) for session in before]])
 
 
 def _samples(values: Iterable[float]) -> list[MetricSample]:
@@ -354,7 +437,7 @@ def one_metric_gates(trials: int, seed: int) -> list[tuple[str, list[Gate]]]:
     ]
 
 
-def print_peers(trials: int, seed: int) -> None:
+def print_peers(_pool: ProcessPoolExecutor, trials: int, seed: int) -> None:
     """The rules of others: red on identical code / on +5 %."""
     print(f"\nred on identical code / found of +5 %, in percent of {trials} (rank tests: {min(trials, 4000)})")
     print(f"{'':44}" + "".join(f"{noise.name:>16}" for noise in NOISES))
@@ -386,6 +469,39 @@ def print_one_metric(pool: ProcessPoolExecutor, trials: int, seed: int) -> None:
             print(f"{name:26}{noise.name:12}{_row(same):>44}{_row(slower):>46}", flush=True)
 
 
+def print_beside_plain(pool: ProcessPoolExecutor, trials: int, seed: int) -> None:
+    """This project's verdicts and the plain tests, on the same numbers."""
+    print(f"\nred in percent of {trials} gates; the plain test on the same numbers; difference, 95 % interval")
+    print(f"{'':26}{'noise':12}{'identical':>18}{'plain':>18}{'difference':>24}", end="")
+    print(f"{'+5 %':>20}{'plain':>20}{'difference':>24}")
+    stored = partial(StoredGate, sessions=20, prior=NOISE_PRIORS["cuda"])
+    kinds: list[tuple[str, Callable[..., Gate]]] = [
+        ("stored, K 20, one look", partial(stored, looks=1)),
+        ("stored, K 20, as shipped", stored),
+        ("paired, nothing stored", partial(PairedGate, stored_sessions=0)),
+        ("paired, 16 df stored", partial(PairedGate, stored_sessions=8)),
+        ("paired, 16 normal df", partial(PairedGate, stored_sessions=8, is_normal=True)),
+    ]
+    for row, (name, make) in enumerate(kinds):
+        for column, noise in enumerate(NOISES):
+            line = f"{name:26}{noise.name:12}"
+            for change, width in ((0.0, 18), (0.05, 20)):
+                parts: list[Gate] = [
+                    make(noise=noise, change=change, trials=trials // 4, seed=(seed, 600 + row, column, part))
+                    for part in range(4)
+                ]
+                outcome = joined(pool.map(run_gate, parts))
+                red = outcome.share_text(Status.REGRESSION)
+                line += f"{red:>{width}}{outcome.plain_text():>{width}}{outcome.beyond_plain_text():>24}"
+            print(line, flush=True)
+
+
+def joined(outcomes: Iterable[Outcome]) -> Outcome:
+    """All gates of several."""
+    every = list(outcomes)
+    return Outcome(sum((o.counts for o in every), Counter()), sum(o.starts for o in every))
+
+
 def _row(outcome: Outcome) -> str:
     shares = f"{outcome.share(Status.PASS):7.1f}{outcome.share(Status.INCONCLUSIVE):9.1f}"
     return f"{outcome.share_text(Status.REGRESSION):>20}{shares}{outcome.starts / outcome.trials:8.2f}"
@@ -403,8 +519,7 @@ def print_many_metrics(pool: ProcessPoolExecutor, trials: int, seed: int) -> Non
                 StoredGate(NOISES[1], 20, NOISE_PRIORS["cuda"], STARTS, tolerances, correlation, 0.0, trials // 4, at)
                 for at in ((seed, 300, count, int(10 * correlation), part) for part in range(4))
             ]
-            outcomes = list(pool.map(run_gate, parts))
-            whole = Outcome(sum((o.counts for o in outcomes), Counter()), sum(o.starts for o in outcomes))
+            whole = joined(pool.map(run_gate, parts))
             tested, fixed = _uncorrected(count, correlation, seed)
             print(
                 f"{count:8}{correlation:13.1f}{whole.share_text(Status.REGRESSION):>20}{tested:14.1f}{fixed:10.1f}",
@@ -442,12 +557,23 @@ def print_as_shipped(pool: ProcessPoolExecutor, trials: int, seed: int) -> None:
             print(f"{f'{name}, K {count}':12}{_row(same):>44}{found}", flush=True)
 
 
+TABLES: Mapping[str, tuple[Callable[[ProcessPoolExecutor, int, int], None], float]] = {
+    "peers": (print_peers, 2),
+    "one-metric": (print_one_metric, 1),
+    "plain": (print_beside_plain, 1),
+    "many-metrics": (print_many_metrics, 1 / 2),
+    "shipped": (print_as_shipped, 1 / 3),
+}
+"""Each table, and its gates in multiples of ``--trials``."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the machine, the date and the tables."""
     parser = argparse.ArgumentParser(description="simulate how often performance gates are wrong")
     parser.add_argument("--trials", type=int, default=4000, help="gates per figure; fewer in the later tables (4000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(all cores)")
+    parser.add_argument("--only", choices=TABLES, help="print this table and no other")
     parsed = parser.parse_args(arguments)
     began = time.monotonic()
     print(f"{datetime.now(UTC):%Y-%m-%d}, {cpu_model()}, {os.cpu_count()} cores, Python {platform.python_version()}")
@@ -455,10 +581,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for noise in NOISES:
         print(f"{noise.name}: sd session {noise.session:.1%}, start {noise.start:.1%}, within {noise.within:.1%}")
     with ProcessPoolExecutor(parsed.processes) as pool:
-        print_peers(2 * parsed.trials, parsed.seed)
-        print_one_metric(pool, parsed.trials, parsed.seed)
-        print_many_metrics(pool, max(100, parsed.trials // 2), parsed.seed)
-        print_as_shipped(pool, max(100, parsed.trials // 3), parsed.seed)
+        for name, (print_table, factor) in TABLES.items():
+            if parsed.only in (None, name):
+                print_table(pool, max(100, round(factor * parsed.trials)), parsed.seed)
     print(f"\ntook {time.monotonic() - began:.0f} s")
 
 

@@ -340,22 +340,24 @@ def judge_in_looks(
     prior: NoisePrior,
     *,
     of: int,
+    first: int = 1,
 ) -> tuple[MetricVerdict, ...]:
-    """Judge starts one after the other, as a gate does that looks after each of ``of``.
+    """Judge starts one after the other, as a gate does that looks after each of them.
 
-    :param current: (n_starts,), in the order in which they are looked at; one more than ``of`` where a regression
-        is to be confirmed. :param stored: sessions of one level.
+    :param current: (n_starts,), in the order in which they are looked at. :param stored: sessions of one level.
+    :param of: starts at the last look; one more in ``current`` confirms a regression.
+    :param first: starts at the first look.
     :returns: (n_metrics,), of the look that decided, or of the last one.
     """
-    looks = min(of, len(current))
+    looks = min(of, len(current)) - first + 1
     levels = {name: [[start[name] for start in session] for session in stored] for name in tolerances}
-    for number in range(1, len(current) + 1):
+    for number in range(first, len(current) + 1):
         seen = current[:number]
         histories = [
             MetricHistory(tolerance, [start[name] for start in seen], levels[name], prior)
             for name, tolerance in tolerances.items()
         ]
-        look = Look.after(number, looks)
+        look = Look.after(number - first + 1, looks)
         verdicts = judge_metrics(histories, look)
         if not look.calls_for_another(overall_status(verdicts)):
             break

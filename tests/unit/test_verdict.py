@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.judging import NOISE_PRIORS
+from pytest_gpulayout.noise_study import judge_in_looks
 from pytest_gpulayout.stats import POWER, NoisePrior, estimate_effect, estimate_spread
 from pytest_gpulayout.tolerance import DEFAULT_TOLERANCES, Tolerance
 from pytest_gpulayout.verdict import (
@@ -36,6 +37,7 @@ from pytest_gpulayout.verdict import (
 PRIOR = NoisePrior(start_sd=0.005, session_sd=0.005)
 CUDA = NOISE_PRIORS["cuda"]
 LATENCY = Tolerance("median_tpot_ms", 0.05)
+TIMES = ("median_tpot_ms", "median_ttft_ms", "p99_ttft_ms")
 RATE = Tolerance("request_throughput", 0.05)
 SHIPPED = tuple(Tolerance(name, fraction) for name, fraction in DEFAULT_TOLERANCES.items())
 ONLY = Look(1, 1)
@@ -423,13 +425,13 @@ def simulate(
         logs = rng.normal(0, noise.session_sd, (stored + 1, 1)) + rng.normal(0, noise.start_sd, (stored + 1, 4))
         drawn.append(np.exp(logs))
     drawn[0][-1] *= 1 + (_detectable(drawn, noise, looks) if change is None else change)
-    for made in range(3 - looks + 1, 5):
-        look = Look.after(made - 3 + looks, looks)
-        histories = [history(LATENCY, values[-1][:made], [s[:3] for s in values[:-1]], noise) for values in drawn]
-        status = overall_status(judge_metrics(histories, look))
-        if not look.calls_for_another(status):
-            break
-    return status
+    tolerances = {name: Tolerance(name, LATENCY.fraction) for name in TIMES[:metrics]}
+    *sessions, current = (
+        [dict(zip(tolerances, starts(*values), strict=True)) for values in session]
+        for session in np.moveaxis(np.array(drawn), 0, -1)
+    )
+    verdicts = judge_in_looks(current, [s[:3] for s in sessions], tolerances, noise, of=3, first=4 - looks)
+    return overall_status(verdicts)
 
 
 def _detectable(drawn: Sequence[np.ndarray[Any, np.dtype[np.float64]]], noise: NoisePrior, looks: int) -> float:
