@@ -15,7 +15,7 @@ TORCH_CPU := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TINY_MODEL := build/tiny-qwen2
 
-.PHONY: gate gate-cpu gate-cuda test test-unit test-end-to-end test-fuzz test-real check format install install-cpu install-cuda libnuma compiler clean
+.PHONY: gate gate-cpu gate-cuda test test-unit test-end-to-end test-fuzz test-real check format install install-cpu install-cuda libnuma compiler nginx clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,7 +30,7 @@ help:
 gate: gate-$(PLATFORM)
 
 # Margins, starts and the server's arguments stand in the example's own pyproject.toml.
-gate-cpu: install-cpu libnuma $(TINY_MODEL)/config.json
+gate-cpu: install-cpu libnuma $(if $(findstring x,$(LAYOUT)),nginx) $(TINY_MODEL)/config.json
 	$(PYTEST) -c examples/model_repo/pyproject.toml --rootdir examples/model_repo examples/model_repo/tests \
 	  --gpu-platform=cpu --gpu-layout=$(LAYOUT) --gpu-model=$(or $(MODEL),$(abspath $(TINY_MODEL))) \
 	  --gpu-baseline=$(BASELINE) --gpu-baseline-dir=$(abspath build/gpu-baselines) --gpu-write-in-ci=yes \
@@ -47,12 +47,12 @@ $(TINY_MODEL)/config.json: examples/model_repo/make_model.py | install-cpu
 
 # -- tests -----------------------------------------------------------------------------------------------------------
 
-test: install-cpu libnuma compiler check test-unit test-end-to-end test-fuzz test-real
+test: install-cpu libnuma compiler nginx check test-unit test-end-to-end test-fuzz test-real
 
 test-unit: install
 	$(PYTEST) -n 2 -m "not end_to_end" tests/unit tests/contract $(ARGS)
 
-test-end-to-end: install compiler
+test-end-to-end: install compiler nginx
 	$(PYTEST) -n 2 -m end_to_end $(ARGS)
 
 # The quick tests try a few hundred mutations; this tries FUZZ of each kind. 100000 take some ten minutes.
@@ -60,7 +60,7 @@ FUZZ ?= 10000
 test-fuzz: install
 	GPULAYOUT_FUZZ=$(FUZZ) $(PYTEST) -n 2 -q tests/fuzz $(ARGS)
 
-test-real: install-cpu libnuma
+test-real: install-cpu libnuma nginx
 	$(PYTEST) -v --require-vllm -m real_vllm $(ARGS)
 
 check: install
@@ -104,6 +104,9 @@ libnuma:
 compiler:
 	@sh requirements/debian-package.sh gcc "command -v cc" "a C compiler; the NVML tests will be skipped"
 	@sh requirements/debian-package.sh libc6-dev "echo '#include <stdio.h>' | cc -E -" "C headers; the NVML tests will be skipped"
+
+nginx:
+	@sh requirements/debian-package.sh nginx-light 'PATH=$$PATH:/usr/sbin command -v nginx' "nginx, which stands in front of replicas; their tests will be skipped"
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

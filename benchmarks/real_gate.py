@@ -238,7 +238,7 @@ def _measure(spec: ServerSpec, folder: Path) -> tuple[dict[str, tuple[float, ...
         observer = Observer(
             OpenAiStreamDriver(),
             calibrator=MockCalibrator(),
-            watch_server=partial(ServerWatch, log=server.log),
+            watch_server=partial(ServerWatch, logs=[server.log]),
             watch_devices=lambda: TelemetryWatch(spec.platform, spec.devices, server_pids=pids),
         )
         seed = time.time_ns() % 2**48

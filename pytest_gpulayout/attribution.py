@@ -18,10 +18,11 @@ from typing import Any
 from pytest_gpulayout.baseline import BaselineSession, Reference
 from pytest_gpulayout.drift import describe_drift
 from pytest_gpulayout.measurement import Identity, Judgeable
+from pytest_gpulayout.metrics import COLLECTIVES
 from pytest_gpulayout.observed import OBSERVED
 from pytest_gpulayout.report import aligned, plural, quantity
 from pytest_gpulayout.stats import median
-from pytest_gpulayout.verdict import MetricVerdict, Status
+from pytest_gpulayout.verdict import MetricVerdict, Status, Verdict
 
 SPREADS = 3.0
 """A number moved when it is further from the stored median than so many times its scatter: Hampel's rule (R. K.
@@ -178,9 +179,41 @@ def explain(
     ]
     told = _told(parts)
     changes = _in_order(changes, told)
-    aspects = _Aspects(reference.newest, measurement.identity, numbers)
-    sentence = f"{_heads(moved)}: {_of_parts(parts, told)}; {_of_changes(changes, aspects, against)}"
+    of_links = all(metric.name in COLLECTIVES for metric in moved)
+    aspects = _Aspects(reference.newest, measurement.identity, numbers, of_links)
+    part = "" if of_links else f"{_of_parts(parts, told)}; "
+    sentence = f"{_heads(moved)}: {part}{_of_changes(changes, aspects, against)}"
     return sentence, *_rows(parts, numbers, against), *_lines(changes, aspects)
+
+
+def with_links(cause: tuple[str, ...], told: str) -> tuple[str, ...]:
+    """Return what :func:`explain` said, and beside it what is known of the links themselves.
+
+    :param told: by :func:`told_of_links`; ``""`` where they were not probed.
+    """
+    return (f"{cause[0]}; {told}", *cause[1:]) if cause and told else cause
+
+
+def told_of_links(verdict: Verdict, findings: Sequence[str] = ()) -> str:
+    """Say whether the links themselves were slower, before a server had its part in it.
+
+    :param verdict: on their probe. :param findings: links that are slower than their class must be, in sentences.
+    """
+    moved = sorted((m for m in verdict.metrics if m.status is verdict.status), key=lambda m: -_size(m))
+    match verdict.status:
+        case _ if findings:
+            return f"the link itself is slow: {findings[0]}"
+        case Status.REGRESSION:
+            return f"the link itself is slower, without a server: {_heads(moved)}"
+        case Status.IMPROVEMENT:
+            return f"the link itself is not slower: {_heads(moved)}"
+        case Status.PASS:
+            return "the link itself is as fast as its baseline"
+        case Status.INCONCLUSIVE:
+            named = _joined(f"{metric.name} {metric.change:+.1%}" for metric in moved[:_MOST_NAMED])
+            return f"whether the link itself is slower is open: {named}"
+        case _:
+            return f"the link itself was probed and not judged: {next(iter(verdict.reasons), verdict.status)}"
 
 
 def _has_moved(metric: MetricVerdict) -> bool:
@@ -335,23 +368,31 @@ def _of_changes(changes: Sequence[_Change], aspects: _Aspects, against: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Aspects:
-    """What a reader wants to know of each verdict: whether it is the same, or was not recorded on both sides."""
+    """What a reader wants to know of each verdict: whether it is the same, or was not recorded on both sides.
+
+    :param of_links: the verdict is of a probe of the links, on which the server and the clocks do not act.
+    """
 
     stored: BaselineSession
     identity: Identity
     numbers: Mapping[str, _Number]
+    of_links: bool = False
 
     def _known(self) -> dict[str, tuple[str, bool]]:
         """By group or label of a change: its word, and whether both sides have it; those that apply here only."""
         hardware = self.identity.key.hardware
         now, then = self.identity, self.stored
-        known = {"vLLM": ("vLLM", _both(then.sut, now.sut, "vllm"))}
+        known: dict[str, tuple[str, bool]] = {}
+        if not self.of_links:
+            known["vLLM"] = ("vLLM", _both(then.sut, now.sut, "vllm"))
         if hardware["platform"] == "cuda":
             known["driver"] = ("driver", _both(then.epoch, now.epoch, "driver"))
         if hardware["links"] or then.topology or now.topology:
             known["wiring"] = ("wiring", bool(then.topology and now.topology))
         if hardware["links"]:
             known["transport"] = ("transport", _both(then.covariates, now.covariates, "transport"))
+        if self.of_links:
+            return known
         known["clocks"] = ("clocks", any(name in self.numbers for name in _CLOCKS))
         known["KV cache"] = ("KV-cache size", "kv_cache_tokens" in self.numbers)
         known["arguments"] = ("arguments", _both(then.sut, now.sut, "arguments"))

@@ -17,6 +17,7 @@ from pytest_gpulayout.cli_common import EXIT_CODES, MISUSE, Outcome
 from pytest_gpulayout.cli_compare import declare_compare
 from pytest_gpulayout.cli_measure import declare_measure
 from pytest_gpulayout.cli_nccl import declare_nccl
+from pytest_gpulayout.cli_plan import declare_plan
 from pytest_gpulayout.cli_topo import declare_topo
 from pytest_gpulayout.errors import GpuLayoutError
 
@@ -62,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for declare in (declare_topo, declare_nccl, declare_measure, declare_compare, declare_baseline):
+    for declare in (declare_topo, declare_nccl, declare_plan, declare_measure, declare_compare, declare_baseline):
         declare(commands)
     return parser

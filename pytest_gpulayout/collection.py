@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from pytest_gpulayout.errors import GpuLayoutError
 from pytest_gpulayout.layout import Layout, parse_layout
+from pytest_gpulayout.settings import claim_of_marker
 
 FIXTURE = "gpu_layout"
+BETTER_THAN = "gpu_better_than"
+"""Name of the marker."""
 
 
 def parametrize(metafunc: pytest.Metafunc, layouts: Sequence[Layout]) -> None:
@@ -59,15 +62,41 @@ def _wanted(item: pytest.Item) -> bool:
 def sort_by_server(items: list[pytest.Item], layouts: Sequence[Layout]) -> None:
     """Put the tests of one server side by side: by layout as asked for, then by model as first met.
 
-    Tests that need no layout keep their places.
+    A layout that others are compared with comes before them. Tests that need no layout keep their places.
     """
     places = [place for place, item in enumerate(items) if layout_of(item) is not None]
     tests = [items[place] for place in places]
     groups = {group: number for number, group in enumerate(dict.fromkeys(map(server_group, tests)))}
-    order = {layout: number for number, layout in enumerate(layouts)}
+    order = {layout: number for number, layout in enumerate(_compared_first(tests, layouts))}
     tests.sort(key=lambda item: (order.get(layout_of(item) or Layout(), len(order)), groups[server_group(item)]))
     for place, item in zip(places, tests, strict=True):
         items[place] = item
+
+
+def _compared_first(tests: Sequence[pytest.Item], layouts: Sequence[Layout]) -> list[Layout]:
+    """The layouts as asked for, but one that another is compared with before it: its numbers must be there.
+
+    Of two that are compared with each other the one that was asked for first comes first.
+    """
+    needed: dict[Layout, set[Layout]] = {layout: set() for layout in layouts}
+    for item in tests:
+        if (layout := layout_of(item)) in needed:
+            needed[layout] |= set(_compared_with(item)) - {layout}
+    waiting = list(layouts)
+    ordered: list[Layout] = []
+    while waiting:
+        ordered.append(next((one for one in waiting if not needed[one].intersection(waiting)), waiting[0]))
+        waiting.remove(ordered[-1])
+    return ordered
+
+
+def _compared_with(item: pytest.Item) -> Iterator[Layout]:
+    """The other layouts of a test's relative gates, as far as its markers tell them."""
+    for marker in item.iter_markers(BETTER_THAN):
+        try:
+            yield claim_of_marker(marker).other
+        except GpuLayoutError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
 
 
 def layout_in_nodeid(nodeid: str, layouts: Sequence[Layout]) -> Layout | None:

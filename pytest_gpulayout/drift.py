@@ -20,7 +20,7 @@ def wiring_document(placed: PlacedLayout) -> dict[str, Any]:
     :returns: ``links`` {"0-1": "NV12"} of the pairs that communicate, and by rank {"0": ...} ``numa_node``, ``pcie``
         (most lanes and generation, and the lanes now) and ``nvlinks``.
     """
-    pairs = placed.layout.node_pairs()
+    pairs = placed.pairs
     document: dict[str, dict[str, Any]] = {
         "links": {f"{a}-{b}": str(link) for (a, b), link in zip(pairs, placed.links, strict=True) if link is not None}
     }

@@ -19,7 +19,9 @@
     │   ├── ServerStartFailed
     │   ├── ServerStartTimeout
     │   ├── DevicesBusy          others compute on the devices that it was to start on
-    │   └── ServerExited         it was ready, and then went away
+    │   ├── ServerExited         it was ready, and then went away
+    │   └── NodeError            a host of a layout over several cannot do its part (node)
+    │       └── NodeLost         it does not answer any more
     └── MeasurementError         no samples, or requests that failed
 
 A message has four parts: what was required, what was found, where, and what to type next. An exception is
@@ -151,6 +153,18 @@ class DevicesBusy(ServerError):
 
 class ServerExited(ServerError):
     """A server that had been ready is gone."""
+
+
+class NodeError(ServerError):
+    """A host of a layout over several nodes cannot do its part. :param node: as the user named it."""
+
+    def __init__(self, message: str, *, node: str) -> None:
+        self.node = node
+        super().__init__(message)
+
+
+class NodeLost(NodeError):
+    """A node that had answered does not answer any more."""
 
 
 class MeasurementError(GpuLayoutError):

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, BinaryIO
 from pytest_gpulayout.all_reduce import judge_all_reduce
 from pytest_gpulayout.errors import GpuLayoutError
 from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
+from pytest_gpulayout.replicas import join_reports, split_ranks
 from pytest_gpulayout.transport_cpu import judge_cpu
 from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
 from pytest_gpulayout.vllm_log import VllmLogFacts, parse_vllm_log
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from pytest_gpulayout.gate import PlacedLayout
-    from pytest_gpulayout.ports import Server
+    from pytest_gpulayout.ports import Server, ServerProof
+    from pytest_gpulayout.topology import Topology
     from pytest_gpulayout.transport import TransportReport
 
 _CHUNK_BYTES = 1 << 17
@@ -27,26 +29,44 @@ _READY = "Application startup complete."  # of uvicorn; what a request brings in
 def collect_transport(server: Server, placed: PlacedLayout) -> TransportReport:
     """Read NCCL's logs of the server's processes and what vLLM says, or what vLLM's CPU backend shows.
 
+    Of replicas each is looked at by itself, and the reports are joined.
+
     :param placed: the devices of the server's ranks.
     """
+    parts = server.parts()
+    if len(parts) == 1:
+        return _transport_of(parts[0], placed.topology, placed.placement)
+    ranks = server.spec.layout.ranks
+    placements = split_ranks(placed.placement, ranks)
+    reports = [_transport_of(part, placed.topology, own) for part, own in zip(parts, placements, strict=True)]
+    return join_reports(reports, ranks)
+
+
+def _transport_of(server: Server, topology: Topology, placement: Sequence[int]) -> TransportReport:
     facts = _server_facts(server)
     layout = server.spec.layout
     if server.spec.platform == "cpu":
-        return judge_cpu(layout, facts, server.mapped_segments())
+        return judge_cpu(layout, facts, server.mapped_segments(), moe=server.proof.moe)
     surroundings = server.surroundings()
     context = ServerContext(
-        rank_pids=server.proof.rank_pids,
-        topology=placed.topology,
-        placement=placed.placement,
+        rank_pids=_telling_pids(server.proof),
+        topology=topology,
+        placement=placement,
         surroundings=surroundings,
         obstacle=server.nccl_log_obstacle(),
+        moe=server.proof.moe,
     )
     log = merge(map(_read_nccl_log, server.nccl_logs()))
     report = judge_nccl(log, layout, context)
     first = surroundings.ranks.get(0)
     environment = (first.environment if first else None) or {}
-    more = judge_all_reduce(facts, layout, placed.topology, placed.placement, server.spec.arguments, environment)
+    more = judge_all_reduce(facts, layout, topology, placement, server.spec.arguments, environment)
     return replace(report, findings=(*report.findings, *more))
+
+
+def _telling_pids(proof: ServerProof) -> Mapping[int, int]:
+    """Process id of each rank, which NCCL's lines are known by; nothing where ranks of two nodes have the same."""
+    return proof.rank_pids if len(set(proof.rank_pids.values())) == len(proof.rank_pids) else {}
 
 
 def communication(server: Server, placed: PlacedLayout) -> dict[str, str]:
@@ -72,7 +92,18 @@ def communication(server: Server, placed: PlacedLayout) -> dict[str, str]:
 
 
 def startup_facts(server: Server) -> VllmLogFacts:
-    """Return what the server's log says until it is ready; nothing where it cannot be read."""
+    """Return what the server's log says until it is ready; nothing where it cannot be read.
+
+    Of replicas what the first says, and the smallest KV cache of all.
+    """
+    facts = [_startup_facts_of(part) for part in server.parts()]
+    caches = [fact.kv_cache_tokens for fact in facts if fact.kv_cache_tokens is not None]
+    return replace(facts[0], kv_cache_tokens=min(caches, default=None))
+
+
+def _startup_facts_of(server: Server) -> VllmLogFacts:
+    if server.log is None:
+        return VllmLogFacts()
     try:
         with server.log.open(encoding="utf-8", errors="replace") as log:
             return parse_vllm_log(_until_ready(log), str(server.log))
@@ -88,6 +119,8 @@ def _until_ready(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _server_facts(server: Server) -> VllmLogFacts:
+    if server.log is None:  # it says nothing of a server that somebody else runs
+        return VllmLogFacts()
     with server.log.open(encoding="utf-8", errors="replace") as log:
         return parse_vllm_log(log, str(server.log))
 

@@ -9,12 +9,21 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_gpulayout.layout import Layout
-    from pytest_gpulayout.ports import GpuProcessSource, LoadDriver, ServerLauncher, TopologySource
+    from pytest_gpulayout.ports import (
+        CollectiveProbe,
+        GpuProcessSource,
+        LoadDriver,
+        NodeSource,
+        ServerLauncher,
+        TopologySource,
+    )
     from pytest_gpulayout.settings import Settings
 
 __all__ = [
+    "pytest_gpulayout_collective_probe",
     "pytest_gpulayout_gpu_processes",
     "pytest_gpulayout_load_driver",
+    "pytest_gpulayout_node_source",
     "pytest_gpulayout_server_launcher",
     "pytest_gpulayout_topology_source",
 ]
@@ -50,6 +59,29 @@ def pytest_gpulayout_gpu_processes(settings: Settings) -> GpuProcessSource | Non
 
         def pytest_gpulayout_gpu_processes(settings):
             return AgentProcesses("http://127.0.0.1:9400")
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_collective_probe(settings: Settings, log_dir: Path) -> CollectiveProbe | None:
+    """Return what measures the links between the ranks before a server starts.
+
+    Example: a site that has its own way of running nccl-tests::
+
+        def pytest_gpulayout_collective_probe(settings, log_dir):
+            return NcclTests("/opt/nccl-tests/build/all_reduce_perf", log_dir)
+    """
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_gpulayout_node_source(settings: Settings, layout: Layout) -> NodeSource | None:
+    """Return what finds the hosts of layouts over several nodes; called until it answers, once per run then.
+
+    Example: pods of a site's own scheduler, each reached by a command::
+
+        def pytest_gpulayout_node_source(settings, layout):
+            pods = allocate_pods(layout.nodes, gpus=layout.gpus_per_node)
+            return CommandNodes(pods, ("kubectl", "exec", "-i", "{node}", "--"), "/usr/bin/python3")
     """
 
 

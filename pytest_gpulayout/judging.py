@@ -6,10 +6,10 @@ Paired mode, without stored numbers, is in :mod:`~pytest_gpulayout.pairing`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from pytest_gpulayout.approval import add_session, change_text, is_change
 from pytest_gpulayout.attribution import explain
@@ -17,7 +17,7 @@ from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, Re
 from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from pytest_gpulayout.drift import describe_drift
 from pytest_gpulayout.errors import BaselineError, BaselineForeign, BaselineNotFound, DevicesBusy
-from pytest_gpulayout.measurement import Identity, Judgeable, Measurement
+from pytest_gpulayout.measurement import Identity, Judgeable, Repeatable
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.ports import BaselineStore
 from pytest_gpulayout.reasons import (
@@ -48,6 +48,9 @@ from pytest_gpulayout.verdict import (
 
 BaselineMode = Literal["check", "new", "update", "off"]
 
+M = TypeVar("M", bound=Repeatable)
+"""A measurement that more starts can be added to: of a server, or of the links."""
+
 NOISE_PRIORS: Mapping[str, NoisePrior] = {
     "cuda": NoisePrior(start_sd=0.015, session_sd=0.01),
     "cpu": NoisePrior(start_sd=0.06, session_sd=0.04),
@@ -69,6 +72,7 @@ class GatePolicy:
     :param starts: most fresh server starts per gate, besides one that confirms a regression.
     :param budget_s: most seconds of measuring, ``None`` for no limit.
     :param tolerances: the gated metrics. :param may_write: ``False`` where nothing may be stored (in CI).
+    :param restarts: ``False`` where the server is somebody else's and no fresh start can be had.
     """
 
     mode: BaselineMode
@@ -77,10 +81,11 @@ class GatePolicy:
     starts: int
     budget_s: float | None = None
     may_write: bool = True
+    restarts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class GateInputs:
+class GateInputs(Generic[M]):
     """What a performance gate works with.
 
     :param measure_again: starts a fresh server and measures the same workload on it once more.
@@ -90,13 +95,13 @@ class GateInputs:
 
     store: BaselineStore
     policy: GatePolicy
-    measure_again: Callable[[Measurement], Measurement]
+    measure_again: Callable[[M], M]
     now_utc: Callable[[], str]
     elapsed_s: Callable[[], float]
     say: Callable[[str], None]
 
 
-def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
+def judge_performance(measurement: M, inputs: GateInputs[M]) -> tuple[Verdict, M]:
     """Judge a measurement, restarting the server as often as the verdict needs and the policy allows.
 
     A start that the machine disturbed is replaced by a fresh one, and the verdict says so.
@@ -109,7 +114,7 @@ def judge_performance(measurement: Measurement, inputs: GateInputs) -> tuple[Ver
     return replace(verdict, reasons=(*verdict.reasons, *replaced_texts(measurement.replaced))), measurement
 
 
-def _judge(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
+def _judge(measurement: M, inputs: GateInputs[M]) -> tuple[Verdict, M]:
     policy, key = inputs.policy, measurement.identity.key
     if policy.mode == "off":
         return invalid_verdict(measurement, _place(inputs.store, key)) or _not_judged(measurement), measurement
@@ -153,14 +158,14 @@ def _own_baseline(text: str, store: BaselineStore, key: BaselineKey) -> Baseline
     return baseline
 
 
-def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateInputs) -> tuple[Verdict, Measurement]:
+def _judge_in_steps(measurement: M, baseline: Baseline, inputs: GateInputs[M]) -> tuple[Verdict, M]:
     policy, place = inputs.policy, _place(inputs.store, baseline.key)
     priors = sibling_priors(inputs.store, baseline.key, policy.prior)
     today = inputs.now_utc()[:10]
     while True:
         number = len(measurement.runs)
         no_time = _over_budget(measurement, inputs)
-        look = Look.after(number, policy.starts)
+        look = Look.after(number, policy.starts, restarts=policy.restarts)
         if no_time:
             look = replace(look, number=look.of)
         verdict = judge_once(measurement, baseline, policy, look, priors=priors, today=today, place=place)
@@ -172,25 +177,25 @@ def _judge_in_steps(measurement: Measurement, baseline: Baseline, inputs: GateIn
             return unfit, measurement
 
 
-def _undisturbed(measurement: Measurement, inputs: GateInputs) -> Measurement:
+def _undisturbed(measurement: M, inputs: GateInputs[M]) -> M:
     return undisturbed(
         measurement,
         inputs.measure_again,
-        name=f"server start {len(measurement.runs)}",
+        name=f"{measurement.start_noun} {len(measurement.runs)}",
         may_start=lambda so_far: not _over_budget(so_far, inputs),
         say=inputs.say,
     )
 
 
 def undisturbed(
-    measurement: Measurement,
-    measure_again: Callable[[Measurement], Measurement],
+    measurement: M,
+    measure_again: Callable[[M], M],
     *,
     name: str,
-    may_start: Callable[[Measurement], bool],
+    may_start: Callable[[M], bool],
     say: Callable[[str], None],
     elsewhere: int = 0,
-) -> Measurement:
+) -> M:
     """Let a fresh start take the place of the last one where that was disturbed, as often as is allowed.
 
     :param name: of the last start, for the line that is said. :param may_start: whether there is time for one more.
@@ -209,26 +214,13 @@ def undisturbed(
     return measurement
 
 
-def invalid_verdict(measurement: Measurement, place: str) -> Verdict | None:
+def invalid_verdict(measurement: Repeatable, place: str) -> Verdict | None:
     """The verdict on numbers that are not sound, ``None`` for those that are."""
-    problems = (*measurement.problems(), *_not_as_asked(measurement))
+    problems = (*measurement.problems(), *measurement.shortfalls())
     return Verdict(Status.INVALID, reasons=problems, baseline_path=place) if problems else None
 
 
-def _not_as_asked(measurement: Measurement) -> Iterator[str]:
-    """A driver that sends less than it was asked to measures another load under the same name."""
-    workload = measurement.workload
-    for number, run in enumerate(measurement.runs, 1):
-        sent = [len(batch.requests) for batch in run.batches]
-        if sent != [workload.requests] * workload.batches:
-            yield (
-                f"too-few-samples: {workload.batches} batches of {workload.requests} requests were asked for, "
-                f"found {len(sent)} of {', '.join(map(str, sorted(set(sent))))} (server start {number}); "
-                "let the load driver send all of them, or describe another workload"
-            )
-
-
-def _unfit_verdict(measurement: Measurement, inputs: GateInputs) -> Verdict | None:
+def _unfit_verdict(measurement: M, inputs: GateInputs[M]) -> Verdict | None:
     """The verdict on numbers that must be neither judged nor stored, ``None`` for others."""
     place = _place(inputs.store, measurement.identity.key)
     if invalid := invalid_verdict(measurement, place):
@@ -237,7 +229,7 @@ def _unfit_verdict(measurement: Measurement, inputs: GateInputs) -> Verdict | No
     return Verdict(Status.INVALID, reasons=unfit, baseline_path=place) if unfit else None
 
 
-def _over_budget(measurement: Measurement, inputs: GateInputs) -> bool:
+def _over_budget(measurement: M, inputs: GateInputs[M]) -> bool:
     """Whether one more start, as long as those so far, would end after the budget."""
     starts = len(measurement.runs) + len(measurement.replaced)
     budget, elapsed = inputs.policy.budget_s, inputs.elapsed_s()
@@ -291,7 +283,8 @@ def judge_once(
     metrics = judge_metrics(histories, look) if histories else ()
     missing = _not_stored(policy, histories)
     waiver = _of_waiver(whole, baseline, measurement, policy, look, priors)
-    told = (*missing, left_out_text(left_out, sizes), *waiver, *why_open(metrics, policy.starts))
+    undecided = why_open(metrics, policy.starts, restarts=policy.restarts)
+    told = (*missing, left_out_text(left_out, sizes), *waiver, *undecided)
     changed = what_changed(whole.newest, measurement.identity)
     return Verdict(
         _overall(metrics, missing),
@@ -388,7 +381,7 @@ def _of_waiver(
     return told
 
 
-def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Measurement]:
+def _record(measurement: M, inputs: GateInputs[M]) -> tuple[Verdict, M]:
     """Measure on as many fresh starts as the policy has, and store them as one more session."""
     key = measurement.identity.key
     place = _place(inputs.store, key)
@@ -424,7 +417,7 @@ def _record(measurement: Measurement, inputs: GateInputs) -> tuple[Verdict, Meas
     ), measurement
 
 
-def _append(measurement: Measurement, inputs: GateInputs) -> Verdict:
+def _append(measurement: M, inputs: GateInputs[M]) -> Verdict:
     """Store one more session; where it is better or worse than what is stored, it begins a new level.
 
     A file of another key is replaced: it is of what this name of a model, workload or machine stood for before.
@@ -468,8 +461,8 @@ def _difference_of(error: BaselineForeign) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if ": stored " in line)
 
 
-def _recorded(measurement: Measurement, place: str) -> tuple[str, ...]:
-    starts = plural(len(measurement.runs), "server start")
+def _recorded(measurement: Repeatable, place: str) -> tuple[str, ...]:
+    starts = plural(len(measurement.runs), measurement.start_noun)
     return f"recorded from {starts} in {place}", "nothing was judged: run again to check against it"
 
 
@@ -489,7 +482,7 @@ def _not_allowed(place: str) -> BaselineError:
     )
 
 
-def _not_found(inputs: GateInputs, identity: Identity) -> BaselineNotFound:
+def _not_found(inputs: GateInputs[M], identity: Identity) -> BaselineNotFound:
     store, key = inputs.store, identity.key
     lines = ["a stored baseline was required, and there is none", f"  expected in {_place(store, key)}"]
     if drift := _drift_from_sibling(store, identity):

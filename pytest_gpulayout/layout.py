@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from pytest_gpulayout.errors import LayoutSyntaxError
 
@@ -65,72 +65,93 @@ class Layout:
         text += f"x{self.replicas}" if self.replicas > 1 else ""
         return text + (f"@{self.nodes}" if self.nodes > 1 else "")
 
-    def communicating_pairs(self) -> tuple[tuple[int, int], ...]:
+    def communicating_pairs(self, *, moe: bool = False) -> tuple[tuple[int, int], ...]:
         """Rank pairs (a, b), a < b, that exchange data in every step, over all replicas.
 
-        Ranks are numbered as vLLM numbers them (``vllm/distributed/parallel_state.py``,
-        ``initialize_model_parallel``: the order is ExternalDP x DP x PP x PCP x TP), replica after replica.
-        A tp group (with its pcp peers) talks all to all, pipeline stages talk to their neighbours, dp replicas
-        of a dense model do not talk; with expert parallelism all tp x dp ranks of a stage do.
+        Those who share a communicator, see :meth:`communication_groups`; of the stages of a pipeline only neighbours.
+
+        :param moe: whether the model has experts; then dp ranks talk without ``ep``, too.
         """
         pairs: set[tuple[int, int]] = set()
-        for replica in range(self.replicas):
-            for a, b in combinations(range(self.ranks), 2):
-                if self._ranks_talk(a, b):
-                    offset = replica * self.ranks
-                    pairs.add((a + offset, b + offset))
-        return tuple(sorted(pairs))
+        for name, groups in self.communication_groups(moe=moe).items():
+            for ranks in groups:
+                pairs.update(pairwise(ranks) if name == "pp" else combinations(ranks, 2))
+        firsts = range(0, self.gpus, self.ranks)
+        return tuple(sorted((a + first, b + first) for first in firsts for a, b in pairs))
 
     @property
     def gpus_per_node(self) -> int:
         """GPUs that one node must have; all without ``@N``."""
         return self.gpus // self.nodes
 
-    def node_pairs(self, node_rank: int = 0) -> tuple[tuple[int, int], ...]:
+    def node_pairs(self, node_rank: int = 0, *, moe: bool = False) -> tuple[tuple[int, int], ...]:
         """Those communicating pairs that lie on one node, in its own ranks 0 to ``gpus_per_node - 1``.
 
-        Nodes hold consecutive ranks (``vllm/config/parallel.py``, ``nnodes``).
+        Nodes hold consecutive ranks (``vllm/config/parallel.py``, ``nnodes``). :param moe: as for all pairs.
         """
         first = node_rank * self.gpus_per_node
         local = range(first, first + self.gpus_per_node)
-        return tuple((a - first, b - first) for a, b in self.communicating_pairs() if a in local and b in local)
+        pairs = self.communicating_pairs(moe=moe)
+        return tuple((a - first, b - first) for a, b in pairs if a in local and b in local)
 
-    def communication_groups(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+    def communication_groups(self, *, moe: bool = False) -> dict[str, tuple[tuple[int, ...], ...]]:
         """Ranks that share a communicator, by vLLM's name of the kind of group; of one replica.
 
-        The kinds are tp, pp, pcp, and with expert parallelism dp and ep: dense dp replicas do not talk. Groups of one
-        rank, and kinds whose groups are those of another one, are left out. Source:
-        ``vllm/distributed/parallel_state.py``, ``initialize_model_parallel``.
+        Ranks are numbered as vLLM numbers them: ExternalDP x DP x PP x PCP x TP. A dcp group is a part of a tp group,
+        or with pcp of the whole block of tp and pcp. Engines of a dense model (dp) are worlds of their own; those of
+        a model with experts gather and scatter tokens over their dp groups, and with ``ep`` over all ranks of a
+        stage. Groups of one rank, and kinds whose groups are those of another one, are left out. Sources (vLLM
+        0.32): ``vllm/distributed/parallel_state.py``, ``initialize_model_parallel``;
+        ``vllm/distributed/device_communicators/all2all.py``, ``AgRsAll2AllManager._get_comm_group``.
+
+        :param moe: whether the model has experts; ``ep`` says so, too.
         """
         kinds: dict[str, tuple[str, ...]] = {
             "tp": ("dp", "pp", "pcp"),
+            "dcp": ("dp", "pp", "part"),
             "pp": ("dp", "pcp", "tp"),
             "pcp": ("dp", "pp", "tp"),
         }
+        if moe or self.ep:
+            kinds["dp"] = ("pp", "pcp", "tp")
         if self.ep:
-            kinds |= {"dp": ("pp", "pcp", "tp"), "ep": ("pp",)}
+            kinds["ep"] = ("pp",)
         found: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name, fixed in kinds.items():
             groups: dict[tuple[int, ...], list[int]] = {}
             for rank in range(self.ranks):
-                at = dict(zip(("dp", "pp", "pcp", "tp"), self._coordinates(rank), strict=True))
+                at = self._axes(rank)
                 groups.setdefault(tuple(at[axis] for axis in fixed), []).append(rank)
             of_kind = tuple(tuple(ranks) for ranks in groups.values() if len(ranks) > 1)
             if of_kind and of_kind not in found.values():
                 found[name] = of_kind
         return found
 
-    def _ranks_talk(self, a: int, b: int) -> bool:
-        (dp_a, pp_a, pcp_a, tp_a), (dp_b, pp_b, pcp_b, tp_b) = self._coordinates(a), self._coordinates(b)
-        if pp_a == pp_b:
-            return dp_a == dp_b or self.ep
-        return dp_a == dp_b and abs(pp_a - pp_b) == 1 and (pcp_a, tp_a) == (pcp_b, tp_b)
+    def rank_at(self, *, dp: int = 0, pp: int = 0, pcp: int = 0, tp: int = 0) -> int | None:
+        """Rank of one replica at these coordinates, ``None`` where the layout has none there."""
+        sizes = ((dp, self.dp), (pp, self.pp), (pcp, self.pcp), (tp, self.tp))
+        if any(not 0 <= place < size for place, size in sizes):
+            return None
+        return ((dp * self.pp + pp) * self.pcp + pcp) * self.tp + tp
 
-    def _coordinates(self, rank: int) -> tuple[int, int, int, int]:
-        rank, tp = divmod(rank, self.tp)
-        rank, pcp = divmod(rank, self.pcp)
-        dp, pp = divmod(rank, self.pp)
-        return dp, pp, pcp, tp
+    def places(self, rank: int) -> dict[str, int]:
+        """Number of a rank in its group of each kind, by the words of process titles: DP, PP, PCP, TP, DCP, EP.
+
+        Source: ``vllm/distributed/parallel_state.py``, ``initialize_model_parallel`` (0.32).
+        """
+        at = self._axes(rank)
+        return {
+            **{axis.upper(): at[axis] for axis in ("dp", "pp", "pcp", "tp")},
+            "DCP": (at["tp"] * self.pcp + at["pcp"]) % self.dcp,
+            "EP": (at["dp"] * self.pcp + at["pcp"]) * self.tp + at["tp"],
+        }
+
+    def _axes(self, rank: int) -> dict[str, int]:
+        """Coordinates of a rank, and the part of its block of tp and pcp that decode context parallelism cuts out."""
+        rest, tp = divmod(rank, self.tp)
+        rest, pcp = divmod(rest, self.pcp)
+        dp, pp = divmod(rest, self.pp)
+        return {"dp": dp, "pp": pp, "pcp": pcp, "tp": tp, "part": (tp * self.pcp + pcp) // self.dcp}
 
     def engine_arguments(
         self, *, node_rank: int = 0, master_addr: str | None = None, master_port: int | None = None
@@ -247,9 +268,12 @@ class _Parser:
         return int(match.group())
 
     def _check_sizes(self, layout: Layout) -> None:
-        if layout.tp % layout.dcp:
+        if layout.tp * layout.pcp % layout.dcp:
+            block, owner = (
+                (f"tp{layout.tp}", "tp") if layout.pcp == 1 else (f"tp{layout.tp} * pcp{layout.pcp}", "both")
+            )
             raise self._error(
-                f"dcp{layout.dcp} must divide tp{layout.tp}: decode context parallelism shares the GPUs of tp",
+                f"dcp{layout.dcp} must divide {block}: decode context parallelism shares the GPUs of {owner}",
                 at=self._text.index("dcp"),
             )
         if layout.gpus % layout.nodes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from pytest_gpulayout.baseline import BaselineKey, BaselineRun, BaselineSession, as_stored, fold_batches
 from pytest_gpulayout.metrics import batch_metrics
@@ -47,6 +47,37 @@ class Judgeable(Protocol):
         """Return (n_starts,) of what else was seen, by the names of :data:`~pytest_gpulayout.observed.OBSERVED`."""
 
 
+class Repeatable(Judgeable, Protocol):
+    """A fresh measurement, to which more starts can be added until a verdict is clear."""
+
+    @property
+    def runs(self) -> Sequence[object]:
+        """(n_starts,), oldest first."""
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """(n_replaced,) what disturbed each start that a fresh one took the place of."""
+
+    @property
+    def start_noun(self) -> str:
+        """What one start is called, such as ``server start``."""
+
+    def without_last(self) -> Self:
+        """Return it without its last start, and keep why."""
+
+    def is_last_disturbed(self) -> bool:
+        """Whether nothing is wrong with the last start but what a fresh one would probably not meet."""
+
+    def problems(self) -> tuple[str, ...]:
+        """Say why these numbers must be neither judged nor stored; empty when they are sound."""
+
+    def shortfalls(self) -> tuple[str, ...]:
+        """Say where less was measured than was asked for; empty when all was."""
+
+    def as_session(self, recorded: str) -> BaselineSession:
+        """Return what a baseline stores of this. :param recorded: UTC, ISO 8601."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One workload on one layout.
@@ -67,6 +98,11 @@ class Measurement:
     # once. By position: a trace is too large to be hashed.
     _computed: dict[int, list[dict[str, float]]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _found: dict[int, tuple[Problem, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def start_noun(self) -> str:
+        """What one start is called."""
+        return "server start"
 
     def with_run(
         self, run: RunTrace, disturbances: tuple[Problem, ...] = (), observed: Mapping[str, float] | None = None
@@ -145,6 +181,20 @@ class Measurement:
             return ("no server start was measured",)
         starts = range(len(self.runs))
         return tuple(f"{problem} (server start {n + 1})" for n in starts for problem in self.problems_of(n))
+
+    def shortfalls(self) -> tuple[str, ...]:
+        """Say where fewer requests were sent than asked for: that is another load under the same name."""
+        workload = self.workload
+        found: list[str] = []
+        for number, run in enumerate(self.runs, 1):
+            sent = [len(batch.requests) for batch in run.batches]
+            if sent != [workload.requests] * workload.batches:
+                found.append(
+                    f"too-few-samples: {workload.batches} batches of {workload.requests} requests were asked for, "
+                    f"found {len(sent)} of {', '.join(map(str, sorted(set(sent))))} (server start {number}); "
+                    "let the load driver send all of them, or describe another workload"
+                )
+        return tuple(found)
 
     def as_session(self, recorded: str) -> BaselineSession:
         """Return what a baseline stores of this. :param recorded: UTC, ISO 8601."""

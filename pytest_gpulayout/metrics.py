@@ -84,6 +84,30 @@ _WITH_CONDITIONS = (
     ),
 )
 
+DECODE_BATCHES = (1, 8, 64)
+"""Sequences of a decode step, one token of each, whose messages a probe of the links adds up."""
+
+COLLECTIVES: Mapping[str, Metric] = MappingProxyType(
+    {
+        f"all_reduce_batch{batch}_us": Metric(
+            f"all_reduce_batch{batch}_us",
+            "us",
+            "lower",
+            f"time of an all-reduce of a decode step with {batch} in flight, mean over a round, slowest rank",
+        )
+        for batch in DECODE_BATCHES
+    }
+    | {
+        "all_reduce_prefill_gb_per_s": Metric(
+            "all_reduce_prefill_gb_per_s",
+            "GB/s",
+            "higher",
+            "bus bandwidth of an all-reduce of a prefill of 8192 tokens: bytes / time * 2 (n - 1) / n with n ranks",
+        )
+    }
+)
+"""What :mod:`~pytest_gpulayout.collectives` measures before a server starts, by name."""
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {metric.name: metric for metric in _THROUGHPUTS}
     | {
@@ -94,8 +118,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         for spread, over in _SPREADS.items()
     }
     | {metric.name: metric for metric in _WITH_CONDITIONS}
+    | dict(COLLECTIVES)
 )
-"""Everything that :func:`batch_metrics` can return, by name."""
+"""Everything that :func:`batch_metrics` can return, and :data:`COLLECTIVES`, by name."""
 
 OTHER_MEANINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {

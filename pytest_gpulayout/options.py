@@ -61,6 +61,29 @@ OPTIONS = (
     ),
     Option("devices", "0,1", "use exactly these GPUs (indices or UUIDs); default: the best placement"),
     Option("topology", "FILE", "a recorded topology (JSON, or nvidia-smi topo -m text) in place of probing"),
+    Option(
+        "nodes",
+        "NAME,NAME,...",
+        "hosts of layouts over several nodes (@N), in the order of their ranks; the first is the head and serves; "
+        "local is this host",
+    ),
+    Option(
+        "node-command",
+        "COMMAND",
+        "what runs a command on a node, {node} being its name, such as 'kubectl exec -i {node} --' or "
+        "'srun -N1 -n1 -w {node}' (default: ssh, which must not ask for a password)",
+        "ssh -oBatchMode=yes -oServerAliveInterval=5 {node}",
+    ),
+    Option(
+        "node-python",
+        "PATH",
+        "Python on the nodes that has pytest-gpulayout and vLLM (default: the path of the one that runs now)",
+    ),
+    Option(
+        "master-addr",
+        "ADDRESS",
+        "where the nodes reach the head (default: its first address that is not loopback)",
+    ),
     Option("transport", "LIST", "transports allowed, such as p2p,nvls; default: all but NET/Socket and CPU/GLOO"),
     Option(
         "workload",
@@ -106,6 +129,13 @@ OPTIONS = (
         "most fresh server starts per performance gate, and one more that confirms a regression (default: 3); "
         "with --gpu-base most starts of each side (default: 8)",
     ),
+    Option(
+        "server-url",
+        "URL",
+        "gate a server that already runs (Kubernetes, Slurm) in place of starting one; it must say itself that it "
+        "has the layout; its key is taken from the environment variable GPULAYOUT_SERVER_API_KEY",
+    ),
+    Option("nccl-log", "GLOB", "log files of NCCL of the server at --gpu-server-url: what proves its transports"),
     Option("budget", "SECONDS", "most seconds of measuring per performance gate (default: no limit)"),
     Option(
         "inconclusive",
@@ -113,6 +143,12 @@ OPTIONS = (
         "what an inconclusive verdict does; it is never shown as passed (default: warn)",
         "warn",
         ("warn", "fail"),
+    ),
+    Option(
+        "hour-cost",
+        "USD",
+        "price of one GPU (with --gpu-platform=cpu of one core) for an hour: adds what 1000 requests and a million "
+        "output tokens cost to the table of layouts",
     ),
     Option("results", "FILE.json", "write machine-readable results"),
     Option("start-timeout", "SECONDS", "how long a server may take to start (default: 900)", "900"),

@@ -56,3 +56,12 @@ def junit_properties(record: Record) -> Iterator[tuple[str, str]]:
         numbers = {"change": metric["change"], "ci_low": low, "ci_high": high}
         yield f"{head}.{metric['name']}.verdict", str(metric["verdict"])
         yield from ((f"{head}.{metric['name']}.{name}", f"{value:.6g}") for name, value in numbers.items())
+
+
+def relative_properties(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield the same of a relative gate: ``gpulayout.smoke.better_than.tp1.request_throughput.ratio`` and more."""
+    head = f"gpulayout.{record['workload']['name']}.better_than.{record['other']}.{record['metric']}"
+    low, high = record["ci"]
+    yield f"{head}.verdict", record["verdict"]
+    numbers = {"factor": record["factor"], "ratio": record["ratio"], "ci_low": low, "ci_high": high}
+    yield from ((f"{head}.{name}", f"{value:.6g}") for name, value in numbers.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,9 +19,10 @@ from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.judging import NOISE_PRIORS, GateInputs, GatePolicy, judge_performance
 from pytest_gpulayout.measurement import Measurement
 from pytest_gpulayout.observed import observe_start
-from pytest_gpulayout.ports import Server, ServerSpec
+from pytest_gpulayout.ports import Progress, Server, ServerSpec
+from pytest_gpulayout.proofs import identity_of_attached, remarks_on
 from pytest_gpulayout.servers import ModelSpec, ServerOwner
-from pytest_gpulayout.verdict import Verdict
+from pytest_gpulayout.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from pytest_gpulayout.validity import Problem
     from pytest_gpulayout.wiring import Wiring
     from pytest_gpulayout.workload import Workload
+
+
+_LOOK_EVERY_S = 1.0
 
 
 class Performance:
@@ -60,6 +65,8 @@ class Performance:
         self._after_load = after_load
         self._loaded: Server | None = None
         self._first_run: RunTrace | None = None
+        self._sent: Counter[tuple[ServerSpec, str]] = Counter()
+        self._seeds: dict[tuple[str, int], int] = {}
         self._measured: tuple[PlacedLayout, ModelSpec] | None = None
 
     def measure(
@@ -72,6 +79,8 @@ class Performance:
         """
         from pytest_gpulayout.adapters.host import identify, model_identity
 
+        if server.proof.moe:  # so that a key does not depend on whether a config.json was at hand before the start
+            placed = placed.with_experts()
         identity = identify(
             placed,
             model=model_identity(
@@ -81,6 +90,8 @@ class Performance:
             workload=workload,
             proof=server.proof,
         )
+        if server.proof.sight is not None:
+            identity = identity_of_attached(identity, server.proof.sight, placed.topology)
         self._measured = placed, model
         run, problems, observed = self._load(server, workload)
         covariates = {**identity.covariates, "client scheduling": run.scheduling, **communication(server, placed)}
@@ -90,9 +101,10 @@ class Performance:
     def _load(self, server: Server, workload: Workload, seed: int | None = None) -> Start:
         """Return a run, what was wrong beside it, and what else was seen of this server start."""
         observer = self._wiring.observer(server)
-        seed, progress = _new_seed() if seed is None else seed, self._live.update
+        seed = self._seed_of(server.spec, workload) if seed is None else seed
         try:
-            run = observer.run(server.endpoint, workload, seed=seed, progress=progress, server=server)
+            run = observer.run(server.endpoint, workload, seed=seed, progress=self._watching(server), server=server)
+            server.check_alive()  # a replica may be gone, and the others have answered in its place
         except ServerError:
             self._servers.check()  # clears it away, so that the next test gets a fresh one
             raise
@@ -103,6 +115,39 @@ class Performance:
         kv_cache_tokens = startup_facts(server).kv_cache_tokens
         observed = observe_start(run, start_s=server.proof.start_s, kv_cache_tokens=kv_cache_tokens)
         return run, self._after_load(), observed
+
+    def _watching(self, server: Server) -> Progress:
+        """Show what is going on, and raise as soon as the server is gone: behind a proxy load goes on without it."""
+        due_s = 0.0
+
+        def progress(text: str) -> None:
+            nonlocal due_s
+            if time.monotonic() >= due_s and not server.proof.is_attached:  # its requests fail when it is gone
+                server.check_alive()
+                due_s = time.monotonic() + _LOOK_EVERY_S
+            self._live.update(text)
+
+        return progress
+
+    def measure_on(self, spec: ServerSpec, measurement: Measurement) -> Measurement:
+        """Measure the same workload once more, on a fresh server of ``spec``, whichever has the place now.
+
+        :raises GpuLayoutError: the server does not start, or nothing could be measured.
+        """
+        number = len(measurement.runs) + 1
+        self._live.say(f"{spec.layout}: {measurement.workload.name}: fresh server start {number}")
+        return measurement.with_run(*self._load(self._servers.lend(spec), measurement.workload))
+
+    def _seed_of(self, spec: ServerSpec, workload: Workload) -> int:
+        """The same prompts for the n-th load of each layout, so that layouts differ in nothing else.
+
+        A server never gets a seed twice; a base that runs throughout would, so in paired mode all are new.
+        """
+        if self._settings.base is not None:
+            return _new_seed()
+        fingerprint = workload.fingerprint()
+        self._sent[spec, fingerprint] += 1
+        return self._seeds.setdefault((fingerprint, self._sent[spec, fingerprint]), _new_seed())
 
     def judge(self, measurement: Measurement, tolerances: Mapping[str, Tolerance]) -> tuple[Verdict, Measurement]:
         """Judge a measurement; returns it with all its starts.
@@ -120,11 +165,23 @@ class Performance:
             now_utc=utc_now,
             elapsed_s=lambda: time.monotonic() - began + measurement.runs[0].duration_s,
         )
-        return judge_performance(measurement, inputs)
+        verdict, measurement = judge_performance(measurement, inputs)
+        return self._with_remarks(verdict), measurement
+
+    def _with_remarks(self, verdict: Verdict) -> Verdict:
+        """Say of a server that somebody else runs what a verdict does not rest on; of a void one nothing rests."""
+        server = self._servers.current
+        if server is None or server.proof.sight is None or verdict.status is Status.INVALID:
+            return verdict
+        return replace(verdict, reasons=(*verdict.reasons, *remarks_on(server.proof.sight)))
 
     def _measure_again(self, measurement: Measurement) -> Measurement:
         number = len(measurement.runs) + 1
         layout = measurement.identity.key.layout
+        server = self._servers.current
+        if server is not None and server.proof.is_attached:  # only what disturbed its one start is measured again
+            self._live.say(f"{layout}: {measurement.workload.name}: once more on the same server")
+            return measurement.with_run(*self._load(server, measurement.workload))
         self._live.say(f"{layout}: {measurement.workload.name}: fresh server start {number}")
         return measurement.with_run(*self._load(self._servers.restart(), measurement.workload))
 
@@ -184,6 +241,7 @@ class Performance:
             starts=self._settings.starts,
             budget_s=self._settings.budget_s,
             may_write=self._settings.may_write,
+            restarts=self._settings.attach is None,
         )
 
 

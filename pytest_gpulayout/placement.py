@@ -37,6 +37,8 @@ def choose_placement(
     layout: Layout,
     requested: Sequence[str] | None = None,
     requirement: LinkRequirement | None = None,
+    *,
+    moe: bool = False,
 ) -> tuple[int, ...]:
     """Return the device index of each rank of one node, in rank order.
 
@@ -48,21 +50,24 @@ def choose_placement(
     a greedy search found is taken. It is always deterministic.
 
     :param requested: indices or UUIDs, one per rank in rank order.
+    :param moe: whether the model has experts, so that dp ranks talk, too.
     :raises TopologyError: too few devices that can be used, or a request that does not fit layout and machine.
     """
     if requested is not None:
         return _requested_placement(topology, layout, requested)
     if len(topology.usable) < layout.gpus_per_node:
         raise TopologyError(_too_few(topology, layout))
-    return _PlacementSearch(topology, layout, requirement or _ANY).best()
+    return _PlacementSearch(topology, layout, requirement or _ANY, layout.node_pairs(moe=moe)).best()
 
 
-def satisfying_placement(topology: Topology, layout: Layout, requirement: LinkRequirement) -> tuple[int, ...] | None:
+def satisfying_placement(
+    topology: Topology, layout: Layout, requirement: LinkRequirement, *, moe: bool = False
+) -> tuple[int, ...] | None:
     """Return the best placement whose links are all as required, ``None`` where none was found."""
     if len(topology.usable) < layout.gpus_per_node:
         return None
-    placement = choose_placement(topology, layout, requirement=requirement)
-    return None if check_links(topology, placement, layout.node_pairs(), requirement) else placement
+    placement = choose_placement(topology, layout, requirement=requirement, moe=moe)
+    return None if check_links(topology, placement, layout.node_pairs(moe=moe), requirement) else placement
 
 
 def _requested_placement(topology: Topology, layout: Layout, requested: Sequence[str]) -> tuple[int, ...]:
@@ -120,7 +125,9 @@ class _Partial:
 class _PlacementSearch:
     """Finds devices for ranks. Positions in ``self._devices`` stand for devices; their order is that of indices."""
 
-    def __init__(self, topology: Topology, layout: Layout, requirement: LinkRequirement) -> None:
+    def __init__(
+        self, topology: Topology, layout: Layout, requirement: LinkRequirement, pairs: Sequence[tuple[int, int]]
+    ) -> None:
         devices = topology.usable
         self._ranks = layout.gpus_per_node
         self._tensor_size = layout.tp
@@ -130,7 +137,6 @@ class _PlacementSearch:
         self._quality, self._violates = _pair_tables(topology, requirement)
         self._top = max((quality for row in self._quality for quality in row), default=0)
         self._kinds = self._kinds_of_devices()
-        pairs = layout.node_pairs()
         self._tensor_peers: list[list[int]] = [[] for _ in self._all]
         self._other_peers: list[list[int]] = [[] for _ in self._all]
         for a, b in pairs:

@@ -15,8 +15,10 @@ from pytest_gpulayout import options
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from pytest_gpulayout.collectives import CollectiveMeasurement, ProbePlan
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.layout import Layout
+    from pytest_gpulayout.layout_gates import PerfGate
     from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.servers import ModelSpec, ServerView
@@ -33,6 +35,8 @@ _MARKERS = (
     'gpu_layout(*specs, link=None): run for these layouts only, such as "tp2"; link is the worst link class allowed',
     'gpu_model(id, **vllm_args): serve this model, e.g. gpu_model("org/name", max_model_len=4096)',
     "gpu_workload(name_or_dict): measure this workload, a name or a dict with requests, concurrency, ...",
+    'gpu_better_than(other, metric, factor=1): fail unless what the test measured is more than factor times as good '
+    'as the same of another layout of this run, e.g. gpu_better_than("tp1", "request_throughput", 1.5)',
 )
 
 
@@ -71,7 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if SESSION not in config.stash:
         reason = f"{_NO_LAYOUT} (without GPUs add --gpu-platform=cpu)"
         for item in items:
-            if "gpu_layout" in getattr(item, "fixturenames", ()) or item.get_closest_marker("gpu_layout") is not None:
+            is_marked = any(item.get_closest_marker(name) for name in ("gpu_layout", "gpu_better_than"))
+            if is_marked or "gpu_layout" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -122,7 +127,9 @@ def gpu_workload(request: pytest.FixtureRequest, gpu_session: GpuSession) -> Wor
 @pytest.fixture
 def gpu_tolerances(gpu_session: GpuSession) -> Mapping[str, Tolerance]:
     """The gated metrics and how much worse each may get: those of ``--gpu-tolerance``."""
-    return gpu_session.settings.tolerances
+    from pytest_gpulayout.collectives import serving_tolerances
+
+    return serving_tolerances(gpu_session.settings.tolerances)
 
 
 @pytest.fixture
@@ -131,6 +138,51 @@ def gpu_topology(
 ) -> PlacedLayout:
     """The devices chosen for the layout, in rank order, with the links between them and ``violations``."""
     return gpu_session.place(request.node, gpu_layout, gpu_link)
+
+
+@pytest.fixture
+def gpu_probe_plan(
+    gpu_session: GpuSession, gpu_model: ModelSpec | None, gpu_vllm_args: tuple[str, ...]
+) -> ProbePlan:
+    """What ``collective_probe`` sends: messages of the model's size. Override it to choose by code."""
+    return gpu_session.probing.plan(gpu_model, gpu_vllm_args)
+
+
+@pytest.fixture
+def gpu_probe_tolerances(gpu_session: GpuSession) -> Mapping[str, Tolerance]:
+    """How much worse each metric of the probe may get: 15 %, or as ``--gpu-tolerance`` says."""
+    from pytest_gpulayout.collectives import probe_tolerances
+
+    return probe_tolerances(gpu_session.settings.tolerances)
+
+
+@pytest.fixture
+def collective_probe(
+    gpu_session: GpuSession, gpu_topology: PlacedLayout, gpu_probe_plan: ProbePlan
+) -> CollectiveMeasurement:
+    """Latency and bus bandwidth of an all-reduce between the layout's devices, measured before its server starts.
+
+    Skips where no ranks talk to each other. A server that runs on the devices is stopped, and starts again when it is
+    asked for: name this fixture before ``vllm_server``.
+    """
+    if reason := gpu_session.probing.why_not(gpu_topology):
+        pytest.skip(reason)
+    return gpu_session.probing.measure(gpu_topology, gpu_probe_plan)
+
+
+@pytest.fixture
+def collective_gate(
+    request: pytest.FixtureRequest,
+    gpu_session: GpuSession,
+    gpu_topology: PlacedLayout,
+    gpu_probe_tolerances: Mapping[str, Tolerance],
+) -> Callable[[CollectiveMeasurement], Verdict]:
+    """``collective_gate(collective_probe)`` judges links by the baseline and by what they are published to carry."""
+
+    def collective_gate(measurement: CollectiveMeasurement) -> Verdict:
+        return gpu_session.judge_links(request.node, measurement, gpu_topology, gpu_probe_tolerances)
+
+    return collective_gate
 
 
 @pytest.fixture
@@ -161,6 +213,7 @@ def transport_report(
 
 @pytest.fixture
 def measure(
+    request: pytest.FixtureRequest,
     gpu_session: GpuSession,
     gpu_topology: PlacedLayout,
     gpu_model: ModelSpec,
@@ -173,7 +226,9 @@ def measure(
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
         wanted = gpu_workload if workload is None else as_workload(workload, gpu_session.settings.workloads)
-        return gpu_session.performance.measure(vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted)
+        return gpu_session.measure(
+            request.node, vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted
+        )
 
     return measure
 
@@ -184,10 +239,14 @@ def perf_gate(
     gpu_session: GpuSession,
     vllm_server: ServerView,  # noqa: ARG001 - a verdict may need fresh starts of it
     gpu_tolerances: Mapping[str, Tolerance],
-) -> Callable[[Measurement], Verdict]:
-    """``perf_gate(measurement)`` judges against the baseline; fails on a regression, no baseline, invalid numbers."""
+) -> PerfGate:
+    """``perf_gate(measurement)`` judges against the baseline; fails on a regression, no baseline, invalid numbers.
 
-    def perf_gate(measurement: Measurement) -> Verdict:
-        return gpu_session.judge(request.node, measurement, gpu_tolerances)
+    ``perf_gate.better_than(other, metric, factor)`` judges what was measured last against another layout of the run.
+    """
+    from pytest_gpulayout.layout_gates import PerfGate
 
-    return perf_gate
+    return PerfGate(
+        lambda measurement: gpu_session.judge(request.node, measurement, gpu_tolerances),
+        lambda claim: gpu_session.better_than(request.node, claim),
+    )

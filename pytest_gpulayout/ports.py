@@ -9,13 +9,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pytest_gpulayout.layout import Layout
+from pytest_gpulayout.proofs import Sight, Statement, statements_of
 
 if TYPE_CHECKING:
     from pytest_gpulayout.calibration import Calibration
+    from pytest_gpulayout.collectives import ProbePlan, ProbeRun
     from pytest_gpulayout.occupancy import Occupancy, OccupancyReport
+    from pytest_gpulayout.server_info import ServerInfo
     from pytest_gpulayout.surroundings import Surroundings
     from pytest_gpulayout.topology import Device, Topology
     from pytest_gpulayout.trace import RunTrace
@@ -131,20 +134,64 @@ class ServerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeProof:
+    """One host of a server that spans several.
+
+    :param name: as the user named it. :param host: its host name. :param address: where the other nodes reach it.
+    :param ranks: of the layout, those whose processes it holds. :param command: of its main process, without secrets.
+    :param binding: the CPUs and NUMA nodes that it was bound to, or why not, in words.
+    """
+
+    name: str
+    host: str
+    address: str
+    ranks: tuple[int, ...]
+    command: tuple[str, ...]
+    binding: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerProof:
     """What a running server said and showed about itself, as opposed to how it was started.
 
     :param fingerprint: ``system_fingerprint`` of a completion that it answered.
     :param rank_pids: process id of each rank, from the process table.
-    :param start_s: seconds from start to the first completion.
+    :param start_s: seconds from start to the first completion; ``None`` of a server that somebody else started.
     :param binding: the CPUs and NUMA nodes that it was bound to, or why not, in words; ``""`` where none apply.
+    :param proxy: what stands in front of its replicas, ``nginx/1.22.1 (SCHED_FIFO)``; ``""`` where nothing does.
+    :param moe: whether its data-parallel engines work in step, as those of a model with experts do.
+    :param info: what it tells of its configuration, ``None`` where it was not asked or does not say.
+    :param api_servers: how many front ends answer requests.
+    :param sight: of a server that somebody else started, what could be seen of it; ``None`` of one of ours.
+    :param nodes: of a layout over several nodes, in order of their ranks.
     """
 
     vllm_version: str
     fingerprint: str
     rank_pids: Mapping[int, int]
-    start_s: float
+    start_s: float | None
     binding: str = ""
+    proxy: str = ""
+    moe: bool = False
+    info: ServerInfo | None = None
+    api_servers: int = 1
+    sight: Sight | None = None
+    nodes: tuple[NodeProof, ...] = ()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether somebody else started it, so that it is neither stopped nor started anew."""
+        return self.sight is not None
+
+    @property
+    def statements(self) -> tuple[Statement, ...]:
+        """What a report says of a server that somebody else runs, the proved with their evidence; else nothing."""
+        return () if self.sight is None else statements_of(self.sight)
+
+    @property
+    def not_proved(self) -> tuple[str, ...]:
+        """What no evidence was found for, with what would bring some; empty for a server of ours."""
+        return tuple(str(statement) for statement in self.statements if not statement.is_proved)
 
 
 class Server(Protocol):
@@ -167,8 +214,8 @@ class Server(Protocol):
         """The argument list of its main process, without secrets."""
 
     @property
-    def log(self) -> Path:
-        """Its log file."""
+    def log(self) -> Path | None:
+        """Its log file; ``None`` where it is not at hand: somebody else runs it."""
 
     def nccl_logs(self) -> Sequence[Path]:
         """Return NCCL's log files, one per process of this server that loaded NCCL; never those of others."""
@@ -183,9 +230,15 @@ class Server(Protocol):
         """Return the shared-memory segments (paths) each rank has mapped now, by rank."""
 
     def gpu_processes(self) -> OccupancyReport | None:
-        """Return on which GPUs its processes compute now; ``None`` on the CPU platform.
+        """Return on which GPUs its processes compute now; ``None`` on the CPU platform, and where that is not seen.
 
         :raises pytest_gpulayout.errors.TopologyError: the driver does not answer.
+        """
+
+    def parts(self) -> Sequence[Server]:
+        """Return the servers behind it, one per replica of the layout; itself alone where there is one.
+
+        What is proved of a server is proved of each of them: rank r of replica k is rank k * ranks + r of the whole.
         """
 
     def check_alive(self) -> None:
@@ -205,6 +258,64 @@ class ServerLauncher(Protocol):
         """Start a server and return it once it has proved its layout with a real completion.
 
         :raises pytest_gpulayout.errors.ServerError: it did not come up; nothing of it is left.
+        """
+
+
+class NodeChannel(Protocol):
+    """One node as the test run talks to it: an agent there answers requests.
+
+    What can be asked is listed in :mod:`pytest_gpulayout.adapters.node_agent`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The node, as the user named it."""
+
+    def request(self, method: str, arguments: Mapping[str, Any], *, timeout_s: float) -> Any:
+        """Return what the agent answers: what JSON can hold.
+
+        :raises pytest_gpulayout.errors.NodeError: it refuses, or cannot. :raises pytest_gpulayout.errors.NodeLost: no
+            answer came in time, or none will come any more.
+        """
+
+    def close(self) -> None:
+        """End all that the agent has started there, and the agent; may be called again."""
+
+
+class NodeSource(Protocol):
+    """Finds the hosts of a layout over several nodes."""
+
+    def open(self, count: int, progress: Progress) -> Sequence[NodeChannel]:
+        """Return so many nodes, in the order of their ranks, all of which answer; the first one is the head.
+
+        :raises pytest_gpulayout.errors.NodeError: a node is missing or does not answer; it is named.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSpec:
+    """One start of the collective probe.
+
+    :param groups: (n_groups,) of ranks that add up messages together, all groups at the same time.
+    :param devices: one per rank, in rank order. :param python: interpreter that has PyTorch installed.
+    """
+
+    layout: Layout
+    groups: tuple[tuple[int, ...], ...]
+    devices: tuple[Device, ...]
+    platform: Platform
+    python: str
+    plan: ProbePlan
+
+
+class CollectiveProbe(Protocol):
+    """Measures what it costs the ranks of a layout to add up a message, without a server."""
+
+    def run(self, spec: ProbeSpec, progress: Progress) -> ProbeRun:
+        """Start a process for each rank, measure, and return when all of them are gone.
+
+        :raises pytest_gpulayout.errors.MeasurementError: a rank failed, took too long, or got a wrong sum.
+        :raises pytest_gpulayout.errors.DevicesBusy: others compute on the devices.
         """
 
 

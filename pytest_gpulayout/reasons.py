@@ -14,7 +14,9 @@ from pytest_gpulayout.baseline import BaselineSession, Reference
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.tolerance import percent_text
-from pytest_gpulayout.verdict import MOST_STARTS, MetricVerdict, Status, overall_status
+from pytest_gpulayout.verdict import MOST_STARTS, MetricVerdict, Requirement, Status, overall_status
+
+_MORE_SESSIONS = "more stored sessions narrow it (gpulayout baseline approve RESULTS.json)"
 
 FEW_SESSIONS = 5
 """A verdict on fewer stored sessions is provisional, wherever its spread comes from."""
@@ -92,15 +94,18 @@ def stopped_early(metrics: Sequence[MetricVerdict]) -> list[str]:
     return [f"not decided, since a regression ends the gate: {', '.join(open_ones)}"] if open_ones else []
 
 
-def why_open(metrics: Sequence[MetricVerdict], starts: int) -> list[str]:
-    """For each metric that is not decided, what was seen and what it would take. :param starts: allowed per gate."""
+def why_open(metrics: Sequence[MetricVerdict], starts: int, *, restarts: bool = True) -> list[str]:
+    """For each metric that is not decided, what was seen and what it would take.
+
+    :param starts: allowed per gate. :param restarts: whether more could be allowed.
+    """
     if overall_status(metrics) is Status.REGRESSION:
         return stopped_early(metrics)
     return [
         f"{metric.name}: changed by {metric.change:+.1%}, interval {metric.ci[0]:+.1%} to {metric.ci[1]:+.1%}; "
         f"{_unknown(metric)} with "
         f"{plural(metric.n_current, 'start')} now and {plural(metric.n_sessions, 'stored session')}: "
-        f"{what_it_takes(metric, starts)}"
+        f"{what_it_takes(metric, starts, restarts=restarts)}"
         for metric in metrics
         if metric.status is Status.INCONCLUSIVE
     ]
@@ -113,8 +118,11 @@ def _unknown(metric: MetricVerdict) -> str:
     return f"a change of {percent_text(metric.tolerance)} cannot be ruled out"
 
 
-def what_it_takes(metric: MetricVerdict, starts: int) -> str:
-    """What to do for a verdict on a metric that has none. :param starts: that the gate may make now."""
+def what_it_takes(metric: MetricVerdict, starts: int, *, restarts: bool = True) -> str:
+    """What to do for a verdict on a metric that has none.
+
+    :param starts: that the gate may make now. :param restarts: whether it could be allowed more.
+    """
     accept = f"accept a larger tolerance (--gpu-tolerance={metric.name}={percent_text(_enough(metric))})"
     needed = metric.requirement
     if metric.ordinary_starts:
@@ -127,6 +135,8 @@ def what_it_takes(metric: MetricVerdict, starts: int) -> str:
         return f"the budget ended before {plural(starts, 'start')}; allow more seconds (--gpu-budget), or {accept}"
     if needed is None:
         return accept
+    if not restarts:
+        return f"{_without_restarts(needed)}, or {accept}"
     if needed.starts is not None and needed.starts > starts:
         return f"allow more starts (--gpu-starts={needed.starts}), or {accept}"
     if needed.starts is not None:
@@ -142,10 +152,20 @@ def what_it_takes(metric: MetricVerdict, starts: int) -> str:
     )
 
 
+def _without_restarts(needed: Requirement) -> str:
+    """Of a server that is not started anew: what is stored is measured on its later starts, by whoever makes them."""
+    if needed.starts is not None:
+        return f"it lies near the limit; {_MORE_SESSIONS}"
+    if needed.sessions is not None:
+        return f"store {needed.sessions} sessions, each of another start of the server (--gpu-baseline=update)"
+    smallest = percent_text(_rounded_up(needed.smallest))
+    return f"one start of a server hides changes below {smallest} here, whatever is stored"
+
+
 def _narrow(starts: int) -> str:
     if starts < MOST_STARTS:
         return f"more starts narrow it (--gpu-starts={min(starts + 2, MOST_STARTS)})"
-    return "more stored sessions narrow it (gpulayout baseline approve RESULTS.json)"
+    return _MORE_SESSIONS
 
 
 def _enough(metric: MetricVerdict) -> float:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gpulayout.drift import wiring_document
 from pytest_gpulayout.metrics import METRICS
+from pytest_gpulayout.proofs import NOT_KNOWN_HERE, RECORD_TOPOLOGY
+from pytest_gpulayout.replicas import shares_text
 from pytest_gpulayout.server_window import ttft_split_text
 from pytest_gpulayout.tolerance import percent_text
 from pytest_gpulayout.topology_faults import describe_faults
@@ -20,10 +22,12 @@ from pytest_gpulayout.vllm_result import vllm_result
 
 if TYPE_CHECKING:
     from pytest_gpulayout.causes_case import Finding
+    from pytest_gpulayout.collectives import CollectiveMeasurement
     from pytest_gpulayout.gate import PlacedLayout
+    from pytest_gpulayout.link_limits import BandwidthReport
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.occupancy import OccupancyReport, RankOccupancy
-    from pytest_gpulayout.ports import Server, ServerSpec
+    from pytest_gpulayout.ports import NodeProof, Server, ServerProof, ServerSpec
     from pytest_gpulayout.transport import TransportReport, TransportViolation
     from pytest_gpulayout.validity import Problem
 
@@ -46,10 +50,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def devices_text(placed: PlacedLayout) -> str:
-    """``2 x NVIDIA H200 (GPU 0, 1)``, or the cores of each rank."""
+    """``2 x NVIDIA H200 (GPU 0, 1)``, or the cores of each rank; of several nodes one after the other."""
+    return "; ".join(f"{_of_node(node.node)}{_devices_of_node(node)}" for node in placed.on_nodes)
+
+
+def _devices_of_node(placed: PlacedLayout) -> str:
     if placed.topology.platform == "cpu":
-        return "; ".join(f"rank {rank} on {device.name}" for rank, device in enumerate(placed.devices))
+        ranks = enumerate(placed.devices, placed.first_rank)
+        return "; ".join(f"rank {rank} on {device.name}" for rank, device in ranks)
     names = ", ".join(sorted({device.name or "unknown GPU" for device in placed.devices}))
+    if placed.topology.source == NOT_KNOWN_HERE:
+        return f"{len(placed.devices)} x {names}"
     indices = ", ".join(str(device.index) for device in placed.devices)
     return f"{len(placed.devices)} x {names} (GPU {indices})"
 
@@ -87,6 +98,8 @@ def _where_links_satisfy(placed: PlacedLayout) -> str:
     if better := placed.better_placement:
         devices = ",".join(map(str, better))
         return f"these GPUs satisfy it: --gpu-devices={devices}"
+    if placed.topology.source == NOT_KNOWN_HERE:
+        return f"the topology of a server that runs elsewhere is {NOT_KNOWN_HERE}: {RECORD_TOPOLOGY}"
     usable = len(placed.topology.usable)
     return f"no choice among the {usable} GPUs of this machine was found that satisfies it"
 
@@ -102,6 +115,19 @@ def transport_failure(
     lines += [f"  {line}" for finding in report.findings for line in finding_lines(finding)]
     lines.append(f"  layout {layout}")
     lines.append("  allow it: --gpu-transport=LIST; see more: NCCL_DEBUG=INFO, and /dev/shm of the container")
+    return "\n".join(lines)
+
+
+def link_speed_failure(bandwidth: BandwidthReport, where: str) -> str:
+    """Say which links are slower than their class must be. :param where: layout, devices and messages in one line."""
+    lines = ["an all-reduce was required to come near what the links between its ranks are published to carry"]
+    lines += [f"  found: {finding}" for finding in bandwidth.findings]
+    lines += [f"  {remark}" for remark in bandwidth.remarks]
+    lines.append(f"  {where}")
+    lines.append(
+        "  look at the transport (-k transport), at NCCL_P2P_DISABLE and NCCL_P2P_LEVEL, at ACS and IOMMU; "
+        "accept it: let the fixture gpu_probe_plan return a plan with a smaller least_share"
+    )
     return "\n".join(lines)
 
 
@@ -193,10 +219,51 @@ def server_record(server: Server) -> Record:
         "command": list(server.command),
         "vllm_version": server.proof.vllm_version,
         "system_fingerprint": server.proof.fingerprint,
-        "start_s": round(server.proof.start_s, 1),
+        "start_s": _start_s(server.proof),
         "binding": server.proof.binding,
         "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
+        "moe": server.proof.moe,
+        "api_servers": server.proof.api_servers,
+        "server_info": _info_document(server.proof),
+        "nodes": [_node_document(node) for node in server.proof.nodes],
+        "proxy": server.proof.proxy,
+        "replicas": [_replica_document(part) for part in server.parts()] if server.proof.proxy else [],
+        "attached": server.endpoint.url if server.proof.is_attached else None,
+        "proved": [str(statement) for statement in server.proof.statements if statement.is_proved],
+        "not_proved": list(server.proof.not_proved),
     }
+
+
+def _start_s(proof: ServerProof) -> float | None:
+    return None if proof.start_s is None else round(proof.start_s, 1)
+
+
+def _replica_document(server: Server) -> Record:
+    return {
+        "url": server.endpoint.url,
+        "command": list(server.command),
+        "system_fingerprint": server.proof.fingerprint,
+        "start_s": _start_s(server.proof),
+        "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
+    }
+
+
+def _info_document(proof: ServerProof) -> Record | None:
+    """What the server tells of its configuration, as far as it concerns the layout."""
+    if proof.info is None:
+        return None
+    return {"layout": str(proof.info.layout), "executor": proof.info.executor, "all2all": proof.info.all2all}
+
+
+def _node_document(node: NodeProof) -> Record:
+    return {**asdict(node), "ranks": list(node.ranks), "command": list(node.command)}
+
+
+def naming_nodes(record: Record, proof: ServerProof) -> Record:
+    """Return a record on a server with the node of each rank; as it is where all are on one host."""
+    if not proof.nodes:
+        return record
+    return {**record, "nodes": {str(rank): node.name for node in proof.nodes for rank in node.ranks}}
 
 
 def topology_record(placed: PlacedLayout) -> Record:
@@ -206,16 +273,17 @@ def topology_record(placed: PlacedLayout) -> Record:
         "layout": str(placed.layout),
         "source": placed.topology.source,
         "recorded": placed.topology.recorded,
+        "node": placed.node,
         "devices": [
             {"rank": rank, "index": d.index, "name": d.name, "uuid": d.uuid, "cpu_affinity": d.cpu_affinity}
-            for rank, d in enumerate(placed.devices)
+            for rank, d in enumerate(placed.devices, placed.first_rank)
         ],
         "wiring": wiring_document(placed),
         "faults": list(describe_faults(placed.topology)),
         "notes": list(placed.topology.notes),
         "links": [
-            {"a": a, "b": b, "class": None if link is None else str(link)}
-            for (a, b), link in zip(placed.layout.node_pairs(), placed.links, strict=True)
+            {"a": a + placed.first_rank, "b": b + placed.first_rank, "class": None if link is None else str(link)}
+            for (a, b), link in zip(placed.pairs, placed.links, strict=True)
         ],
         "worst": worst_link_text(placed),
         "required": str(placed.requirement),
@@ -252,7 +320,7 @@ def transport_record(layout: object, report: TransportReport, violations: Sequen
         **report.to_document(),
         "summary": report.summary(),
         "violations": [str(violation) for violation in violations],
-        "ok": not violations and report.verdict != "no-evidence",
+        "ok": not violations and report.verdict != "no-evidence" and report.gap is None,
     }
 
 
@@ -268,6 +336,41 @@ def performance_record(
         "kind": "performance",
         "layout": identity.key.layout,
         "workload": measurement.workload.to_document(),
+        **_verdict_document(verdict),
+        "identity": asdict(identity),
+        "runs": [_run_document(measurement, position) for position in range(len(measurement.runs))],
+        "base": None if base is None else _base_document(*base),
+    }
+
+
+def collectives_record(
+    layout: object, verdict: Verdict, measurement: CollectiveMeasurement, bandwidth: BandwidthReport
+) -> Record:
+    """What a probe of the links measured, one of ``runs`` per start, and what was found."""
+    last = measurement.runs[-1]
+    return {
+        "kind": "collectives",
+        "layout": str(layout),
+        "workload": measurement.plan.to_document(),
+        "backend": last.backend,
+        "transports": dict(last.transports),
+        "findings": list(bandwidth.findings),
+        "remarks": list(bandwidth.remarks),
+        "ok": not bandwidth.findings,
+        **_verdict_document(verdict),
+        "identity": asdict(measurement.identity),
+        "runs": [
+            {
+                "duration_s": round(run.duration_s, 3),
+                "groups": [{"ranks": list(one.ranks), "rounds": list(map(dict, one.rounds))} for one in run.groups],
+            }
+            for run in measurement.runs
+        ],
+    }
+
+
+def _verdict_document(verdict: Verdict) -> Record:
+    return {
         "verdict": str(verdict.status),
         "stored": verdict.stored,
         "reasons": list(verdict.reasons),
@@ -278,9 +381,6 @@ def performance_record(
         "metrics": [metric_document(metric) for metric in verdict.metrics],
         "advisory": [_advisory_document(row) for row in verdict.advisory],
         "baseline": verdict.baseline_path,
-        "identity": asdict(identity),
-        "runs": [_run_document(measurement, position) for position in range(len(measurement.runs))],
-        "base": None if base is None else _base_document(*base),
     }
 
 
@@ -357,26 +457,46 @@ def summary_lines(records: Sequence[tuple[str, Record]]) -> list[str]:
 def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[str]:
     last = {record["kind"]: record for _, record in records}
     facts = []
-    if topology := last.get("topology"):
+    topologies = {record.get("node", ""): record for _, record in records if record["kind"] == "topology"}
+    for node, topology in topologies.items():
         recorded = f" (recorded in {topology['source']})" if topology["recorded"] else ""
-        facts.append(f"worst link {topology['worst']}{recorded}{_flag(topology)}")
+        facts.append(f"{_of_node(node)}worst link {topology['worst']}{recorded}{_flag(topology)}")
     if transport := last.get("transport"):
         facts.append(f"transport {transport['summary']}{_flag(transport)}")
     if server := last.get("server"):
-        facts.append(f"vLLM {server['vllm_version']}, ready in {server['start_s']:.0f} s")
+        facts.append(f"vLLM {server['vllm_version']}, {_came_from(server)}")
+        if nodes := server.get("nodes"):
+            facts.append(f"on {len(nodes)} nodes: {', '.join(node['name'] for node in nodes)}")
+        if server["replicas"]:
+            facts.append(f"{len(server['replicas'])} replicas behind {server['proxy']}")
     lines = [f"{layout}: {', '.join(facts)}".rstrip()]
-    if topology:
-        lines += [f"  {sentence}" for sentence in (*topology["faults"], *topology["notes"])]
+    for node, topology in topologies.items():
+        lines += [f"  {_of_node(node)}{sentence}" for sentence in (*topology["faults"], *topology["notes"])]
     if transport and transport["summary"] != "none needed":
         lines += [f"  {finding['cause']}: {finding['advice']}" for finding in transport["findings"]]
+    if server:
+        lines += [f"  not proved: {sentence}" for sentence in server.get("not_proved", [])]
     if processes := last.get("processes"):
         lines.append(f"  processes: {processes['summary']}{_flag(processes)}")
         lines += [f"    not proved: {sentence}" for sentence in processes["not_proved"]]
         lines += [f"    {remark}" for remark in processes["remarks"]]
     for test, record in records:
-        if record["kind"] == "performance":
+        if record["kind"] in ("performance", "collectives"):
             lines += _performance_table(test, record)
+        elif record["kind"] == "better-than":
+            more = f"; {record['what_it_takes']}" if record["what_it_takes"] else ""
+            lines.append(f"  {record['text']}{more}  [{test}]")
     return lines
+
+
+def _of_node(name: str) -> str:
+    """``"node a: "``, nothing on one host."""
+    return f"node {name}: " if name else ""
+
+
+def _came_from(server: Record) -> str:
+    """How long it took to start, or where it already ran."""
+    return f"attached at {server['attached']}" if server.get("attached") else f"ready in {server['start_s']:.0f} s"
 
 
 def _flag(record: Record) -> str:
@@ -385,7 +505,8 @@ def _flag(record: Record) -> str:
 
 def _performance_table(test: str, record: Record) -> list[str]:
     title = f"  {record['workload']['name']}: {record['stored'] or record['verdict']}, "
-    title += plural(len(record["runs"]), "server start")
+    noun = "probe start" if record["kind"] == "collectives" else "server start"
+    title += plural(len(record["runs"]), noun)
     if base := record.get("base"):
         title += f" against {len(base['runs'])} of base {base['name']}"
     title += f"  [{test}]"
@@ -393,7 +514,7 @@ def _performance_table(test: str, record: Record) -> list[str]:
     rows += [_row(metric, record["stored"]) for metric in [*record["metrics"], *record["advisory"]]]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     cause = record.get("cause", [])
-    first = [*([record["drift"]] if record.get("drift") else []), *cause[:1], *_seen_in_last(record["runs"])]
+    first = [*([record["drift"]] if record.get("drift") else []), *cause[:1], *_seen(record)]
     lines = [title, *(f"    {line}" for line in first)]
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[column].rjust(widths[column]) for column in (1, 2, 3)]
@@ -404,11 +525,27 @@ def _performance_table(test: str, record: Record) -> list[str]:
     return lines
 
 
+def _seen(record: Record) -> list[str]:
+    """What stands between the verdict and its numbers."""
+    if record["kind"] == "collectives":
+        return [_links_text(record), *record["findings"], *record["remarks"]]
+    return _seen_in_last(record["runs"])
+
+
+def _links_text(record: Record) -> str:
+    """``nccl 2.27.5 of torch 2.9.0 over P2P/CUMEM, hidden size 4096 (the config.json of org/model), bfloat16``."""
+    plan = record["workload"]
+    over = f" over {', '.join(sorted(record['transports']))}" if record["transports"] else ""
+    return f"{record['backend']}{over}, hidden size {plan['hidden_size']} ({plan['origin']}), {plan['dtype']}"
+
+
 def _seen_in_last(runs: Sequence[Record]) -> list[str]:
     """A line each on how the devices fared and where TTFT went, where somebody looked."""
     own = runs[-1]["gpulayout"] if runs else {}
     telemetry, server = own.get("telemetry"), own.get("server")
     lines = [telemetry["summary"]] if telemetry else []
+    if server and server.get("replica_shares"):
+        lines.append(shares_text([share["requests"] for share in server["replica_shares"]]))
     if server and server["mean_ttft_split_ms"]:
         lines.append(ttft_split_text(server["mean_ttft_split_ms"]))
     return lines
@@ -422,4 +559,4 @@ def _row(metric: Mapping[str, Any], stored: str) -> tuple[str, str, str, str, st
 
 
 def _device_pairs(placed: PlacedLayout) -> tuple[tuple[int, int], ...]:
-    return tuple((placed.placement[a], placed.placement[b]) for a, b in placed.layout.node_pairs())
+    return tuple((placed.placement[a], placed.placement[b]) for a, b in placed.pairs)

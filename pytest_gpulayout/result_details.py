@@ -27,6 +27,7 @@ from pytest_gpulayout.latencies import (
     ttft_from_timetable,
 )
 from pytest_gpulayout.metrics import TAIL_REQUESTS, count_good, metrics_of_batch
+from pytest_gpulayout.replicas import replica_shares
 from pytest_gpulayout.server_window import ServerWindow, ttft_split
 from pytest_gpulayout.steady_state import find_steady_state
 from pytest_gpulayout.telemetry import Telemetry, summarize
@@ -173,6 +174,7 @@ def _server(window: ServerWindow, run: RunTrace) -> dict[str, Any]:
         "prompt_tokens": window.prompt_tokens,
         "generation_tokens": window.generation_tokens,
         "prefix_hit_rate": window.prefix_hit_rate,
+        "replica_shares": jsonable(replica_shares(window)),
         "mean_ttft_split_ms": ttft_split(run.requests),
         "agreement": agreement_document(run, window) if window.engines else None,
     }

@@ -85,6 +85,7 @@ class ServerWindow:
     """The server's side of a measured window.
 
     :param engines: one per replica and engine; empty where the metrics could not be read.
+    :param replicas: base URLs of the servers behind the address that was measured, where there are several.
     :param settled: the counters had stopped moving when they were read at the end.
     :param prefix_reset: before the window. :param jit: lines of the log that tell of a compilation in the window.
     :param steps: one per engine; empty without the iteration log.
@@ -92,6 +93,7 @@ class ServerWindow:
     """
 
     engines: tuple[EngineDelta, ...] = ()
+    replicas: tuple[str, ...] = ()
     settled: bool = True
     prefix_reset: PrefixReset = "not asked"
     jit: tuple[str, ...] = ()

@@ -57,9 +57,17 @@ class ServerOwner:
         return server
 
     def restart(self) -> Server:
-        """Replace the current server by a fresh one of the spec that the tests need."""
+        """Replace the current server by a fresh one of the spec that the tests need.
+
+        :raises ServerError: it does not start, or somebody else runs it.
+        """
         spec = self.wanted
         assert spec is not None
+        if self.current is not None and self.current.proof.is_attached:
+            raise ServerError(
+                f"a fresh start of the server was required, and somebody else runs it: it is never started anew\n"
+                f"  at {self.current.endpoint.url}\n  leave --gpu-server-url out, and pytest starts servers"
+            )
         self._end()
         self.current = self._start(spec)
         return self.current
@@ -95,6 +103,10 @@ class ServerOwner:
             return self.current
         return self.get(self.wanted)
 
+    def vacate(self) -> None:
+        """End the server that runs, if one does, and free its devices; :meth:`needed` starts it again."""
+        self._end()
+
     def check(self) -> None:
         """Do nothing while the current server runs; clear away one that does not, so that the next is fresh.
 
@@ -115,7 +127,8 @@ class ServerOwner:
     def _end(self) -> None:
         server, self.current = self.current, None
         if server is not None:
-            self._live.update(f"{server.spec.layout}: stopping the server")
+            if not server.proof.is_attached:
+                self._live.update(f"{server.spec.layout}: stopping the server")
             server.stop()
             self._live.clear()
 
@@ -128,8 +141,15 @@ class ServerOwner:
             raise pytest.exit.Exception(message, returncode=pytest.ExitCode.INTERRUPTED) from None
         finally:
             self._live.clear()
-        self._live.say(f"{spec.layout}: vLLM {server.proof.vllm_version} ready in {server.proof.start_s:.0f} s")
+        self._live.say(f"{spec.layout}: {_ready(server)}")
         return server
+
+
+def _ready(server: Server) -> str:
+    proof = server.proof
+    if proof.start_s is None:
+        return f"attached to vLLM {proof.vllm_version} at {server.endpoint.url}"
+    return f"vLLM {proof.vllm_version} ready in {proof.start_s:.0f} s"
 
 
 class ServerView:
@@ -151,13 +171,28 @@ class ServerView:
 
     @property
     def log(self) -> Path:
-        """The server's log file."""
-        return self.server.log
+        """The server's log file.
+
+        :raises ServerError: somebody else runs the server, and has its log.
+        """
+        server = self.server
+        if server.log is None:
+            raise ServerError(
+                "the log of the server was required, and it is not at hand: somebody else runs it\n"
+                f"  at {server.endpoint.url}\n"
+                "  leave out what reads it; or leave --gpu-server-url out, and pytest starts servers"
+            )
+        return server.log
 
     @property
     def pids(self) -> Mapping[int, int]:
         """Process id of each rank, by rank."""
         return self.server.proof.rank_pids
+
+    @property
+    def not_proved(self) -> tuple[str, ...]:
+        """What could not be proved of a server that somebody else runs; empty for one that pytest has started."""
+        return self.server.proof.not_proved
 
     @property
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pytest_gpulayout.errors import GpuLayoutError, MarkerError
+from pytest_gpulayout.errors import GpuLayoutError, LayoutSyntaxError, MarkerError
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_requirement
 from pytest_gpulayout.options import OPTION, raw_value
+from pytest_gpulayout.relative import parse_claim
 from pytest_gpulayout.servers import ModelSpec
 from pytest_gpulayout.tolerance import parse_tolerances
 from pytest_gpulayout.transport import parse_allowed
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.links import LinkRequirement
     from pytest_gpulayout.ports import Platform
+    from pytest_gpulayout.relative import Claim
     from pytest_gpulayout.tolerance import Tolerance
     from pytest_gpulayout.transport import AllowedTransports
     from pytest_gpulayout.workload import Workload
@@ -59,6 +61,13 @@ RESERVED_ARGUMENTS = {
     "-ep": "--gpu-layout",
     "--nnodes": "--gpu-layout",
     "-n": "--gpu-layout",
+    "--node-rank": "--gpu-nodes",
+    "-r": "--gpu-nodes",
+    "--headless": "--gpu-nodes",
+    "--master-addr": "--gpu-master-addr",
+    "--master-port": "nothing: a free port is chosen",
+    "--api-server-count": "nothing: one front end answers",
+    "-asc": "nothing: one front end answers",
     "--fingerprint-mode": "nothing: the fingerprint proves the layout",
     "--fingerprint-value": "nothing: the fingerprint proves the layout",
     "--device-ids": "--gpu-devices",
@@ -85,12 +94,38 @@ class BaseChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class AttachChoice:
+    """What ``--gpu-server-url`` names. :param nccl_logs: absolute pattern of ``--gpu-nccl-log``, ``""`` for none."""
+
+    url: str
+    nccl_logs: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChoice:
+    """The hosts of layouts over several nodes.
+
+    :param names: in the order of their ranks, empty where the options name none.
+    :param command: prefix that runs a command on one, with ``{node}`` for its name.
+    :param python: interpreter on the nodes. :param master_addr: of the head, ``None`` for its first address.
+    """
+
+    names: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    python: str = sys.executable
+    master_addr: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All options, read and checked.
 
     :param vllm_args: split as a shell would. :param workloads: the user's own, of ``pyproject.toml``, by name.
     :param may_write: baselines may be stored: not in CI, unless ``--gpu-write-in-ci=yes``.
     :param base: what to judge against in place of a stored baseline. :param starts: with it, of each side.
+    :param hour_cost_usd: of one GPU, on the CPU platform of one core.
+    :param attach: the server to gate in place of starting one.
+    :param nodes: the hosts of layouts over several nodes.
     """
 
     layouts: tuple[Layout, ...]
@@ -108,9 +143,12 @@ class Settings:
     may_write: bool
     tolerances: dict[str, Tolerance]
     base: BaseChoice | None
+    attach: AttachChoice | None
+    nodes: NodeChoice
     starts: int
     budget_s: float | None
     inconclusive: Literal["warn", "fail"]
+    hour_cost_usd: float | None
     results_file: Path | None
     start_timeout_s: float
     wait_s: float
@@ -130,10 +168,11 @@ def settings_from_config(config: pytest.Config) -> Settings:
     topology = raw_value(config, "topology")
     results = raw_value(config, "results")
     may_write = read("write-in-ci", _choice("write-in-ci")) == "yes" or not is_ci(os.environ)
+    attach = _attach(config, read)
     base = _base(config, read)
     return Settings(
         layouts=read("layout", lambda text: tuple(dict.fromkeys(parse_layout(part) for part in text.split(",")))),
-        model=read("model", check_model) if raw_value(config, "model") else None,
+        model=read("model", str if attach else check_model) if raw_value(config, "model") else None,
         vllm_args=read("vllm-args", parse_vllm_arguments),
         platform=cast("Platform", read("platform", _choice("platform"))),
         link=read("link", parse_requirement),
@@ -149,9 +188,12 @@ def settings_from_config(config: pytest.Config) -> Settings:
         may_write=may_write,
         tolerances=read("tolerance", parse_tolerances),
         base=base,
-        starts=read("starts", partial(_starts, is_paired=base is not None)),
+        attach=attach,
+        nodes=_nodes(config, read),
+        starts=read("starts", partial(_starts, is_paired=base is not None, is_attached=attach is not None)),
         budget_s=read("budget", _positive()) if raw_value(config, "budget") else None,
         inconclusive=cast("Literal['warn', 'fail']", read("inconclusive", _choice("inconclusive"))),
+        hour_cost_usd=read("hour-cost", _positive()) if raw_value(config, "hour-cost") else None,
         results_file=config.invocation_params.dir / results if results else None,
         start_timeout_s=read("start-timeout", _positive()),
         wait_s=read("wait", _positive(or_zero=True)),
@@ -227,14 +269,121 @@ def parse_base(text: str, *, folder: Path, vllm_args: tuple[str, ...] | None = N
         return BaseChoice(f"this Python{suffix}", python=sys.executable, vllm_args=vllm_args)
     if not is_url(text):
         return BaseChoice(f"{text}{suffix}", python=resolve_python(text, folder), vllm_args=vllm_args)
-    parts = urlsplit(text)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"a URL without user, key and query was expected\n  put the key into {KEY_VARIABLE}")
-    if not parts.hostname:
-        raise ValueError(f"a URL with a host was expected, found {text!r}")
+    url = parse_server_url(text, KEY_VARIABLE)
     if vllm_args is not None:
         raise ValueError("a server that already runs takes no arguments\n  leave --gpu-base-vllm-args out")
-    return BaseChoice(text, url=text)
+    return BaseChoice(text, url=url)
+
+
+def parse_server_url(text: str, key_variable: str) -> str:
+    """Read the address of a server that already runs.
+
+    :param key_variable: environment variable of its key, which does not belong into an address.
+    :raises ValueError: a secret in it, or no address of a server; a secret is not repeated.
+    """
+    parts = urlsplit(text)
+    if parts.username or parts.password or parts.query or parts.fragment or "@" in text:
+        raise ValueError(f"a URL without user, key and query was expected\n  put the key into {key_variable}")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"a URL such as http://HOST:8000 was expected, found {text!r}")
+    if not parts.hostname:
+        raise ValueError(f"a URL with a host was expected, found {text!r}")
+    return text
+
+
+_OF_ITS_OWNER = {
+    "base": "a comparison in pairs starts servers in turn",
+    "base-vllm-args": "a comparison in pairs starts servers in turn",
+    "vllm-args": "a server that already runs takes no arguments",
+    "nodes": "its nodes are those of whoever runs it",
+}
+"""Options that have no meaning for a server that somebody else runs, and why."""
+
+
+def _attach(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], Any]) -> AttachChoice | None:
+    """Read ``--gpu-server-url`` and ``--gpu-nccl-log``, and refuse what cannot go with them."""
+    url, pattern = raw_value(config, "server-url"), raw_value(config, "nccl-log")
+    if not url:
+        if pattern:
+            raise pytest.UsageError(
+                f"{OPTION['nccl-log'].flag}: the logs of a server that somebody else runs were given, and no server\n"
+                "  name it: --gpu-server-url=http://HOST:8000; logs alone are read by: gpulayout nccl FILE..."
+            )
+        return None
+    from pytest_gpulayout.adapters.attached_server import KEY_VARIABLE
+
+    choice = AttachChoice(read("server-url", partial(parse_server_url, key_variable=KEY_VARIABLE)))
+    for name, reason in _OF_ITS_OWNER.items():
+        is_typed = config.getoption(OPTION[name].dest) is not None
+        if raw_value(config, name) or (name == "base-vllm-args" and is_typed):
+            raise _clash(name, reason)
+    if raw_value(config, "devices") and not raw_value(config, "topology"):
+        raise _clash("devices", "they name GPUs of a recorded topology (--gpu-topology=FILE), which is not given")
+    if len({part.strip() for part in raw_value(config, "layout").split(",")}) > 1:
+        raise pytest.UsageError(
+            f"one layout was expected with --gpu-server-url, found {raw_value(config, 'layout')}\n"
+            "  a server has one: ask for it alone, and run once for each server"
+        )
+    if not pattern:
+        return choice
+    folder = _folder_of(config, "nccl-log")
+    return replace(choice, nccl_logs=str(folder / Path(pattern).expanduser()))
+
+
+def _nodes(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], Any]) -> NodeChoice:
+    """Read the options on nodes, and refuse what cannot go with a layout over several."""
+    choice = NodeChoice(
+        names=read("nodes", parse_nodes),
+        command=read("node-command", parse_node_command),
+        python=raw_value(config, "node-python") or sys.executable,
+        master_addr=raw_value(config, "master-addr") or None,
+    )
+    layouts: list[Layout] = read("layout", lambda text: [parse_layout(part) for part in text.split(",")])
+    widest = max(layouts, key=lambda layout: layout.nodes)
+    if 0 < len(choice.names) < widest.nodes:
+        raise pytest.UsageError(
+            f"--gpu-nodes: layout {widest} needs {widest.nodes} nodes, found {len(choice.names)}: "
+            f"{', '.join(choice.names)}\n  name them all, in the order of their ranks: --gpu-nodes=NAME,NAME,..."
+        )
+    if widest.nodes > 1 and raw_value(config, "topology") and not raw_value(config, "server-url"):
+        raise pytest.UsageError(
+            f"--gpu-topology and layout {widest} were both asked for: each node's topology is looked at on the node\n"
+            "  leave --gpu-topology out"
+        )
+    return choice
+
+
+def parse_nodes(text: str) -> tuple[str, ...]:
+    """Read names of nodes.
+
+    :raises ValueError: one is missing, stands twice, or looks like an option of the command that it is put into.
+    """
+    names = tuple(part.strip() for part in text.split(",")) if text else ()
+    for name in names:
+        if not name or name.startswith("-") or any(sign.isspace() for sign in name):
+            raise ValueError(f"names of hosts, separated by commas, were expected, found {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"different nodes were expected, found {name} twice")
+    return names
+
+
+def parse_node_command(text: str) -> tuple[str, ...]:
+    """Split a command as a shell would.
+
+    :raises ValueError: there is no place for the node's name, or quotes do not close.
+    """
+    words = tuple(shlex.split(text))
+    if not any("{node}" in word for word in words):
+        raise ValueError(f"{{node}} was expected in the command, for the name of the node, found none in {text!r}")
+    return words
+
+
+def _clash(name: str, reason: str) -> pytest.UsageError:
+    flag = OPTION[name].flag
+    return pytest.UsageError(
+        f"--gpu-server-url and {flag} were both asked for: {reason}\n"
+        f"  leave one of them out; where the ini file has {OPTION[name].ini}, empty it: {flag}="
+    )
 
 
 def _folder_of(config: pytest.Config, name: str) -> Path:
@@ -243,13 +392,18 @@ def _folder_of(config: pytest.Config, name: str) -> Path:
     return config.invocation_params.dir if is_typed else config.rootpath
 
 
-def _starts(text: str, *, is_paired: bool) -> int:
-    """Read ``--gpu-starts``, whose default and limits are others in paired mode."""
+def _starts(text: str, *, is_paired: bool, is_attached: bool = False) -> int:
+    """Read ``--gpu-starts``, whose default and limits are others in paired mode, and of a server of somebody else."""
     from pytest_gpulayout.pairs import FEWEST_BLOCKS, MOST_BLOCKS, USUAL_BLOCKS
 
     if not text:
-        return USUAL_BLOCKS if is_paired else STORED_STARTS
+        return USUAL_BLOCKS if is_paired else 1 if is_attached else STORED_STARTS
     starts = int(_positive(whole=True)(text))
+    if is_attached and starts != 1:
+        raise ValueError(
+            f"1 start was expected with --gpu-server-url, found {starts}: a server that somebody else runs is not "
+            "started anew\n  leave --gpu-starts out"
+        )
     if is_paired and not FEWEST_BLOCKS <= starts <= MOST_BLOCKS:
         raise ValueError(
             f"{FEWEST_BLOCKS} to {MOST_BLOCKS} starts of each side were expected with --gpu-base, found {starts}"
@@ -327,13 +481,14 @@ def _reserved(name: str) -> str | None:
     return next((known for known in RESERVED_ARGUMENTS if is_long and known.startswith(name)), None)
 
 
-def model_of_marker(marker: pytest.Mark) -> ModelSpec:
+def model_of_marker(marker: pytest.Mark, check: Callable[[str], str] = check_model) -> ModelSpec:
     """Read ``gpu_model(id, **vllm_args)``.
 
+    :param check: of its name: a folder of another host cannot be looked at.
     :raises MarkerError: not one model, a folder that is missing, or an argument that this plugin sets itself.
     """
     try:
-        return ModelSpec(check_model(_only_argument(marker, "model")), marker_arguments(marker.kwargs))
+        return ModelSpec(check(_only_argument(marker, "model")), marker_arguments(marker.kwargs))
     except ValueError as error:
         raise MarkerError(f"marker gpu_model: {error}") from error
 
@@ -349,6 +504,17 @@ def workload_of_marker(marker: pytest.Mark, known: Mapping[str, Workload] = Mapp
     except ValueError as error:
         raise MarkerError(f"marker gpu_workload: {error}") from error
     return as_workload(wanted, known)
+
+
+def claim_of_marker(marker: pytest.Mark) -> Claim:
+    """Read ``gpu_better_than(other, metric, factor)``.
+
+    :raises MarkerError: too few arguments, or one that cannot be read.
+    """
+    try:
+        return parse_claim(*marker.args, **marker.kwargs)
+    except (TypeError, LayoutSyntaxError) as error:
+        raise MarkerError(f"marker gpu_better_than(other, metric, factor): {error}") from error
 
 
 def _only_argument(marker: pytest.Mark, noun: str) -> Any:

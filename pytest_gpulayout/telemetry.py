@@ -80,6 +80,8 @@ class Telemetry:
     :param devices: those of the layout, in rank order, then the CPUs.
     :param others: the busiest processes that are neither the server's nor ours: description -> percent of all CPUs.
     :param notes: what could not be read, and why.
+    :param node: the host that this is of, where the layout spans several; then it is the head,
+    :param followers: and these are the others.
     """
 
     source: Literal["NVML", "/proc"]
@@ -88,6 +90,13 @@ class Telemetry:
     devices: tuple[DeviceTelemetry, ...] = ()
     others: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    node: str = ""
+    followers: tuple[Telemetry, ...] = ()
+
+    @property
+    def on_nodes(self) -> tuple[Telemetry, ...]:
+        """That of each host, the head first; of one host, this alone."""
+        return (self, *self.followers)
 
     @property
     def seconds(self) -> float:
@@ -110,8 +119,14 @@ def summarize(telemetry: Telemetry) -> str:
     """Return one line: ``GPU 0,1: 93-97 % busy, SM 1755-1980 MHz, 612-688 W, 61-66 C, NVLink 41 GB/s; CPU: ...``.
 
     Ranges of the GPUs go from the 10th to the 90th percentile of the samples of all of them, without the first
-    sample; figures of the CPUs are means, the load is the last.
+    sample; figures of the CPUs are means, the load is the last. Of several nodes each has its own.
     """
+    if telemetry.followers:
+        return "; ".join(f"node {own.node}: {_summarize(own)}" for own in telemetry.on_nodes)
+    return _summarize(telemetry)
+
+
+def _summarize(telemetry: Telemetry) -> str:
     gpus = [device for device in telemetry.devices if device.name != CPU]
     cpus = [device for device in telemetry.devices if device.name == CPU]
     parts = [_summarize_gpus(telemetry, gpus)] if gpus else []
@@ -126,7 +141,12 @@ def slowdowns(telemetry: Telemetry) -> tuple[str, ...]:
     quota that stopped processes, and CPU time taken by other virtual machines. A power cap is none: it is the normal
     state of a GPU under full load (:func:`remarks`).
     """
-    return tuple(sentence for device in telemetry.devices for sentence in _slowdowns(telemetry, device))
+    return tuple(
+        _named(own, sentence)
+        for own in telemetry.on_nodes
+        for device in own.devices
+        for sentence in _slowdowns(own, device)
+    )
 
 
 def remarks(telemetry: Telemetry) -> tuple[str, ...]:
@@ -159,6 +179,14 @@ def remarks(telemetry: Telemetry) -> tuple[str, ...]:
 
 def foreign_load(telemetry: Telemetry) -> str | None:
     """Return a sentence when processes that are neither the server's nor ours took many CPUs; else ``None``."""
+    return next((_named(own, text) for own in telemetry.on_nodes if (text := _foreign_load(own))), None)
+
+
+def _named(telemetry: Telemetry, sentence: str) -> str:
+    return f"node {telemetry.node}: {sentence}" if telemetry.node else sentence
+
+
+def _foreign_load(telemetry: Telemetry) -> str | None:
     for device in telemetry.devices:
         percent = telemetry.mean(device, "others_busy_percent")
         if percent is not None and percent > OTHERS_PERCENT:

@@ -2,13 +2,18 @@
 
 A conftest that runs every test against them::
 
-    from pytest_gpulayout.testing import FakeLoadDriver, FakeServerLauncher, FakeTopologySource
+    from pytest_gpulayout.testing import (
+        FakeCollectiveProbe, FakeLoadDriver, FakeServerLauncher, FakeTopologySource
+    )
 
     def pytest_gpulayout_topology_source(settings, layout):
         return FakeTopologySource(gpus=8, link="NV18", platform=settings.platform)
 
     def pytest_gpulayout_server_launcher(settings, log_dir):
         return FakeServerLauncher(log_dir, transport="P2P/CUMEM")
+
+    def pytest_gpulayout_collective_probe(settings, log_dir):
+        return FakeCollectiveProbe(gb_per_s=370)
 
     def pytest_gpulayout_load_driver(settings):
         return FakeLoadDriver(ttft_ms=20, tpot_ms=5)
@@ -25,11 +30,14 @@ import random
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import metadata
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
-from pytest_gpulayout.errors import MeasurementError, ServerExited, TopologyError
+from pytest_gpulayout.collectives import GroupTimes, ProbeRun, wire_bytes
+from pytest_gpulayout.errors import MeasurementError, NodeError, NodeLost, ServerExited, TopologyError
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.links import parse_link_class
 from pytest_gpulayout.occupancy import (
@@ -40,16 +48,21 @@ from pytest_gpulayout.occupancy import (
     await_idle_devices,
     judge_occupancy,
 )
-from pytest_gpulayout.ports import Endpoint, Platform, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.ports import Endpoint, Platform, ProbeSpec, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.replicas import join_ranks, split_spec
 from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.topology import Device, Topology
+from pytest_gpulayout.topology_document import topology_to_document
 from pytest_gpulayout.trace import BatchTrace, ClientWork, Observations, RequestTrace, RunTrace
 from pytest_gpulayout.workload import Workload
 
 __all__ = [
+    "FakeCollectiveProbe",
     "FakeGpuProcess",
     "FakeGpuProcesses",
     "FakeLoadDriver",
+    "FakeNode",
+    "FakeNodes",
     "FakeServer",
     "FakeServerLauncher",
     "FakeTopologySource",
@@ -130,6 +143,98 @@ def _uuid(index: int) -> str:
     return f"GPU-00000000-0000-0000-0000-{index:012x}"
 
 
+class FakeNode:
+    """A node that is described instead of reached: it says who it is and what devices it has, and starts nothing.
+
+    ``FakeNode("b", FakeTopologySource(gpus=4, link="PIX"), vllm="0.31.0")`` has another vLLM than its neighbours.
+
+    :param topology: its devices; their UUIDs become its own. :param vllm: version, ``None`` where it has none.
+    :param answers: to other requests, by method.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        topology: FakeTopologySource | None = None,
+        *,
+        vllm: str | None = "0.32.0",
+        answers: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self._topology = topology or FakeTopologySource()
+        self._vllm = vllm
+        self._answers = answers or {}
+        self.is_lost = False
+        """Set it, and the node answers no more."""
+        self.is_closed = False
+        self.requests: list[tuple[str, Mapping[str, Any]]] = []
+        """What it was asked, in order."""
+
+    def request(self, method: str, arguments: Mapping[str, Any], *, timeout_s: float) -> Any:  # noqa: ARG002
+        """Answer.
+
+        :raises NodeError: it has no answer to that. :raises NodeLost: :attr:`is_lost` is set.
+        """
+        self.requests.append((method, arguments))
+        if self.is_lost:
+            raise NodeLost(f"node {self.name} must stay while a layout runs on it, and is lost", node=self.name)
+        if method in self._answers:
+            return self._answers[method]
+        if method == "hello":
+            return self._hello()
+        if method == "topology":
+            return {"topology": topology_to_document(self._own_topology()), "busy": []}
+        raise NodeError(f"a fake node has no answer to {method!r}\n  on node {self.name}", node=self.name)
+
+    def close(self) -> None:
+        """Remember that it was closed; may be called again."""
+        self.is_closed = True
+
+    def _hello(self) -> dict[str, Any]:
+        try:
+            own = metadata.version("pytest-gpulayout")
+        except metadata.PackageNotFoundError:
+            own = None
+        return {
+            "host": self.name,
+            "machine": f"machine of {self.name}",
+            "network": f"net of {self.name}",
+            "processes": f"pid of {self.name}",
+            "pid": _FIRST_PID,
+            "addresses": [{"interface": "eth0", "address": "192.0.2.1"}],  # of documentation, RFC 5737
+            "python": "/usr/bin/python3",
+            "processor": "a fake",
+            "versions": {"pytest-gpulayout": own, "python": "3.11", "vllm": self._vllm, "torch": None, "nccl": None},
+        }
+
+    def _own_topology(self) -> Topology:
+        topology = self._topology.probe()
+        devices = [replace(device, uuid=device.uuid and f"{device.uuid}-{self.name}") for device in topology.devices]
+        return replace(topology, devices=tuple(devices))
+
+
+class FakeNodes:
+    """Nodes that are described instead of reached.
+
+    ``FakeNodes("a", "b")`` has two with eight GPUs each, ``FakeNodes(FakeNode("a", ...), ...)`` others.
+    """
+
+    def __init__(self, *nodes: FakeNode | str) -> None:
+        self.nodes = [FakeNode(node) if isinstance(node, str) else node for node in nodes]
+        """All of them, in order of their ranks."""
+
+    def open(self, count: int, progress: Progress) -> Sequence[FakeNode]:
+        """Return the first ``count`` of them.
+
+        :raises NodeError: there are fewer.
+        """
+        progress("looking for nodes")
+        if count > len(self.nodes):
+            names = ", ".join(node.name for node in self.nodes) or "none"
+            raise NodeError(f"{count} nodes are required, found {names}", node=f"number {len(self.nodes) + 1}")
+        return self.nodes[:count]
+
+
 @dataclass(frozen=True, slots=True)
 class FakeGpuProcess:
     """Somebody else's process on a GPU.
@@ -182,8 +287,15 @@ class FakeGpuProcesses:
         self.now_s += seconds
 
     def know(self, devices: Sequence[Device]) -> None:
-        """Let these GPUs be there, whatever topology names them."""
-        self._uuids |= {device.index: device.uuid or _uuid(device.index) for device in devices}
+        """Let these GPUs be there, whatever topology names them; of several nodes also those that share an index."""
+        seen: set[int] = set()
+        for device in devices:
+            uuid = device.uuid or _uuid(device.index)
+            if device.index not in seen:
+                self._uuids[device.index] = uuid
+            elif uuid not in self._uuids.values():
+                self._uuids[max(self._uuids) + 1] = uuid
+            seen.add(device.index)
 
     def add(self, server: FakeServer) -> None:
         """Let a server's processes be there."""
@@ -216,22 +328,29 @@ class FakeGpuProcesses:
     def _of(self, server: FakeServer) -> Iterator[GpuProcess]:
         offset = _FIRST_PID if self._hidden else 0
         contexts: dict[int | str, Sequence[int]] = {
-            rank: (device.index,) for rank, device in enumerate(server.spec.devices)
+            rank: (self._index_of(device),) for rank, device in enumerate(server.spec.devices)
         }
         for who, indices in (contexts | dict(self._contexts)).items():
             pid = server.pid_of(who)
             if pid is not None:
                 yield from (GpuProcess(self._uuids[i], pid + offset, 16 * _GIB) for i in indices)
 
+    def _index_of(self, device: Device) -> int:
+        wanted = device.uuid or _uuid(device.index)
+        return next(index for index, uuid in self._uuids.items() if uuid == wanted)
+
 
 class FakeServer:
     """A server that exists on paper: nothing listens at its address.
+
+    Of a layout with replicas (``tp2x2``) :meth:`parts` are the replicas, each a fake server that may die by itself.
 
     :param folder: an existing folder for its log, and for NCCL's logs.
     :param transport: see :class:`FakeServerLauncher`.
     :param processes: where its processes are; by default each rank on its GPU.
     :param slow_down: factor on all latencies that :class:`FakeLoadDriver` computes for it.
     :param on_stop: called once, when it is stopped.
+    :param first_pid: process id of its rank 0.
     """
 
     def __init__(
@@ -243,20 +362,40 @@ class FakeServer:
         processes: FakeGpuProcesses | None = None,
         slow_down: float = 1.0,
         on_stop: Callable[[], None] = lambda: None,
+        first_pid: int = _FIRST_PID,
     ) -> None:
-        ranks = range(spec.layout.ranks)
-        name = f"-{spec.layout}" if spec.layout.ranks > 1 else ""
+        ranks = spec.layout.ranks
+        name = _fingerprint_factors(spec.layout)
         self.spec = spec
         speed = "" if slow_down == 1 else f"{_SLOW}{slow_down}"
         self.endpoint = Endpoint(f"http://127.0.0.1:9{speed}", spec.model, "fake-key")
-        self.proof = ServerProof("0.32.0", f"vllm-0.32.0{name}-0123abcd", {r: _FIRST_PID + r for r in ranks}, 1.0)
-        self.command = ("python", "--model", spec.model, *spec.layout.engine_arguments(), *spec.arguments)
+        factors = spec.layout.engine_arguments(master_addr="127.0.0.1")
+        self.command = ("python", "--model", spec.model, *factors, *spec.arguments)
         self.log = folder / "server.log"
         self._nccl_dir = folder / "nccl"
         self._transport = transport
         self._on_stop = on_stop
         self._stopped = False
         self._cause: str | None = None
+        self._replicas: list[FakeServer] = [
+            FakeServer(
+                own,
+                folder / f"replica-{number}",
+                transport=transport,
+                slow_down=slow_down,
+                first_pid=first_pid + number * (ranks + 1),  # an engine is between them
+            )
+            for number, own in enumerate(split_spec(spec) if spec.layout.replicas > 1 else ())
+        ]
+        pids = [replica.proof.rank_pids for replica in self._replicas]
+        self.proof: ServerProof = ServerProof(
+            vllm_version="0.32.0",
+            fingerprint=f"vllm-0.32.0{name}-0123abcd",
+            rank_pids=join_ranks(pids, ranks) if pids else {rank: first_pid + rank for rank in range(ranks)},
+            start_s=1.0,
+            proxy="nginx/fake" if pids else "",
+            moe=spec.layout.ep and spec.layout.dp > 1,
+        )
         self.processes = processes or FakeGpuProcesses()
         self.processes.know(spec.devices)
         self._before = self.processes.snapshot()
@@ -265,7 +404,12 @@ class FakeServer:
 
     def nccl_logs(self) -> Sequence[Path]:
         """Return the files that NCCL would have written, one per rank."""
-        return sorted(self._nccl_dir.iterdir())
+        own = self._nccl_dir.iterdir() if self._nccl_dir.is_dir() else ()
+        return sorted([*own, *(path for replica in self._replicas for path in replica.nccl_logs())])
+
+    def parts(self) -> Sequence[FakeServer]:
+        """Return its replicas; itself where it has none."""
+        return self._replicas or [self]
 
     def nccl_log_obstacle(self) -> str | None:
         """Return that nothing hides the channels."""
@@ -277,20 +421,30 @@ class FakeServer:
 
     def mapped_segments(self) -> Mapping[int, Collection[str]]:
         """Return the segments of vLLM's shared-memory communicator; none where the transport is another."""
+        if self._replicas:
+            return join_ranks([replica.mapped_segments() for replica in self._replicas], self.spec.layout.ranks)
         ranks = range(self.spec.layout.ranks)
         if self._transport in (None, "CPU/GLOO") or len(ranks) == 1:
             return dict.fromkeys(ranks, ())
-        group = "-".join(map(str, ranks))
-        segments = [f"/dev/shm/vllm_dist_fake-tp:0-[{group}]-cpushm_{member}" for member in ranks]
-        return dict.fromkeys(ranks, segments)
+        mapped: dict[int, list[str]] = {rank: [] for rank in ranks}
+        kinds = self.spec.layout.communication_groups()
+        for name in ("tp", "pp"):
+            for group in kinds.get(name, ()):
+                numbers = "-".join(map(str, group))
+                paths = [f"/dev/shm/vllm_dist_fake-{name}:0-[{numbers}]-cpushm_{at}" for at in range(len(group))]
+                for rank in group:
+                    mapped[rank] += paths
+        return mapped
 
     def pids(self) -> Mapping[int, str]:
         """Return its processes, process id -> title; with one rank the engine core computes itself."""
+        if self._replicas:
+            return {pid: title for replica in self._replicas for pid, title in replica.pids().items()}
         ranks = self.proof.rank_pids
-        engine = {_FIRST_PID + len(ranks): "VLLM::EngineCore"}
+        engine = {max(ranks.values()) + 1: "VLLM::EngineCore"}
         if len(ranks) == 1:
             return dict.fromkeys(ranks.values(), "VLLM::EngineCore")
-        return {pid: f"VLLM::Worker_TP{rank}" for rank, pid in ranks.items()} | engine
+        return {pid: _worker_title(self.spec.layout, rank) for rank, pid in ranks.items()} | engine
 
     def pid_of(self, who: int | str) -> int | None:
         """Return the process id of a rank, or of the process with this title."""
@@ -314,8 +468,14 @@ class FakeServer:
     def check_alive(self) -> None:
         """Do nothing until :meth:`die` was called.
 
-        :raises ServerExited: it was.
+        :raises ServerExited: it was, or that of a replica, which is named.
         """
+        for number, replica in enumerate(self._replicas):
+            try:
+                replica.check_alive()
+            except ServerExited as error:
+                where = f"replica {number} of layout {self.spec.layout}"
+                raise ServerExited(f"{where}: {error}", command=error.command, exit_code=error.exit_code) from error
         if self._cause is not None:
             raise ServerExited(
                 f"the vLLM server for {self.spec.layout} went away while it was in use\n  cause: {self._cause}",
@@ -337,9 +497,10 @@ class FakeServer:
     def _write_logs(self) -> None:
         self._nccl_dir.mkdir(parents=True)
         self.log.write_text("".join(line + "\n" for line in self._vllm_lines()), encoding="utf-8")
-        if self.spec.platform == "cuda" and self.spec.layout.ranks > 1 and self._transport is not None:
+        transport = None if self._replicas or self.spec.platform == "cpu" else self._transport
+        if self.spec.layout.communication_groups() and transport is not None:
             for rank, pid in self.proof.rank_pids.items():
-                text = "".join(line + "\n" for line in _nccl_lines(self.spec.layout, rank, pid, self._transport))
+                text = "".join(line + "\n" for line in _nccl_lines(self.spec.layout, rank, pid, transport))
                 (self._nccl_dir / f"nccl.fake-host.{pid}.log").write_text(text, encoding="utf-8")
 
     def _vllm_lines(self) -> Iterator[str]:
@@ -352,29 +513,54 @@ class FakeServer:
         yield f"{head} [api_server.py:500] Application startup complete."
 
 
+def _fingerprint_factors(layout: Layout) -> str:
+    """``-tp2-dp2-ep``, as in vLLM's fingerprint."""
+    sizes = (("tp", layout.tp), ("pp", layout.pp), ("dp", layout.dp))
+    return "".join(f"-{factor}{size}" for factor, size in sizes if size > 1) + ("-ep" if layout.ep else "")
+
+
+def _worker_title(layout: Layout, rank: int) -> str:
+    """``VLLM::Worker_PP1_TP0``; engines of a dense model leave out which of them they are."""
+    sizes = {"PP": layout.pp, "PCP": layout.pcp, "TP": layout.tp, "DCP": layout.dcp}
+    sizes = {"DP": layout.dp if layout.ep else 1, **sizes}
+    named = [axis for axis, size in sizes.items() if size > 1] + (["EP"] if layout.ep else [])
+    places = layout.places(rank)
+    return "VLLM::Worker" + "".join(f"_{axis}{places[axis]}" for axis in named)
+
+
 def _nccl_lines(layout: Layout, rank: int, pid: int, transport: str) -> Iterator[str]:
-    """NCCL 2.27's log of one rank of a ring, at NCCL_DEBUG=INFO (``src/init.cc``, ``src/transport/*.cc``)."""
-    ranks = layout.ranks
+    """NCCL 2.27's log of one rank, at NCCL_DEBUG=INFO (``src/init.cc``, ``src/transport/*.cc``): a ring per group."""
     head = f"fake-host:{pid}:{pid + 50} [{rank}] NCCL INFO"
-    comm = f"comm 0x55d0c0de{rank:04x} rank {rank}"
     network = "Socket" if transport.startswith("NET/Socket") else "IB"
     yield f"{head} NCCL version 2.27.7+cuda13.0"
     yield f"{head} Using network {network}"
+    groups = (ranks for of_kind in layout.communication_groups().values() for ranks in of_kind)
+    for number, ranks in enumerate(groups):
+        if rank in ranks:
+            yield from _communicator_lines(head, number, ranks, rank, transport)
+
+
+def _communicator_lines(
+    head: str, number: int, ranks: tuple[int, ...], rank: int, transport: str
+) -> Iterator[str]:
+    """What a rank logs of one communicator. :param number: that tells it from the others of this server."""
+    me, nranks = ranks.index(rank), len(ranks)
+    comm = f"comm 0x55d0c0de{number:02x}{rank:02x} rank {me}"
     yield (
-        f"{head} ncclCommInitRankConfig {comm} nranks {ranks} cudaDev {rank} nvmlDev {rank} "
-        f"busId {rank + 1}000 commId 0x5eedf00d - Init START"
+        f"{head} ncclCommInitRankConfig {comm} nranks {nranks} cudaDev {rank} nvmlDev {rank} "
+        f"busId {rank + 1}000 commId 0x{0x5EEDF00D + number:x} - Init START"
     )
-    yield f"{head} {comm} nRanks {ranks} nNodes 1 localRanks {ranks} localRank {rank} MNNVL 0"
-    before, after = (rank - 1) % ranks, (rank + 1) % ranks
+    yield f"{head} {comm} nRanks {nranks} nNodes 1 localRanks {nranks} localRank {me} MNNVL 0"
+    before, own, after = (f"{at % nranks}[{ranks[at % nranks]}]" for at in (me - 1, me, me + 1))
     for channel in range(_CHANNELS):
         name = f"{head} Channel {channel:02d}/0 :"
         if transport.startswith(
             "NET/"
         ):  # a network names both ends, peer to peer and shared memory the sender's only
-            yield f"{name} {before}[{before}] -> {rank}[{rank}] [receive] via {transport}"
-            yield f"{name} {rank}[{rank}] -> {after}[{after}] [send] via {transport}"
+            yield f"{name} {before} -> {own} [receive] via {transport}"
+            yield f"{name} {own} -> {after} [send] via {transport}"
         else:
-            yield f"{name} {rank}[{rank}] -> {after}[{after}] via {transport}"
+            yield f"{name} {own} -> {after} via {transport}"
 
 
 class FakeServerLauncher:
@@ -574,6 +760,72 @@ class FakeLoadDriver:
 
     def _spread(self) -> float:
         return self._random.lognormvariate(0.0, self._noise)
+
+
+class FakeCollectiveProbe:
+    """Computes what an all-reduce would have taken, by a latency and a bandwidth; nothing is started, nothing waits.
+
+    ``FakeCollectiveProbe(gb_per_s=[370, 24])``: from the second start on, the links are as slow as PCIe.
+
+    :param latency_us: of a message that has hardly any bytes. :param gb_per_s: bus bandwidth of a large one. Both of
+        all starts, or one per start in order, the last of which stays.
+    :param noise: relative spread (standard deviation) of the times, drawn once per start and once per round.
+    :param seed: of the noise. :param transport: what NCCL's log would name; on the CPU platform it is gloo.
+    :param errors: what a start raises, by its number, from 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency_us: float | Sequence[float] = 10.0,
+        gb_per_s: float | Sequence[float] = 370.0,
+        noise: float = 0.0,
+        seed: int = 0,
+        transport: str = "P2P/CUMEM",
+        errors: Mapping[int, Exception] | None = None,
+    ) -> None:
+        self._latency_us = _per_start(latency_us)
+        self._gb_per_s = _per_start(gb_per_s)
+        self._noise = noise
+        self._random = random.Random(seed)
+        self._transport = transport
+        self._errors = errors or {}
+        self.specs: list[ProbeSpec] = []
+        """What was asked for, failures included, in order."""
+
+    def run(self, spec: ProbeSpec, progress: Progress) -> ProbeRun:
+        """Return the times of one start; see :class:`pytest_gpulayout.ports.CollectiveProbe`."""
+        self.specs.append(spec)
+        number = len(self.specs)
+        progress(f"{spec.layout}: probing the links")
+        if number in self._errors:
+            raise self._errors[number]
+        latency_us, gb_per_s = self._latency_us(number), self._gb_per_s(number)
+        slow_down = self._spread()
+
+        def round_of(ranks: int) -> dict[str, float]:
+            factor = slow_down * self._spread()
+            return {
+                message.name: factor * (latency_us + wire_bytes(message.size_bytes, ranks) / gb_per_s / 1e3)
+                for message in spec.plan.messages()
+            }
+
+        groups = tuple(
+            GroupTimes(ranks, tuple(round_of(len(ranks)) for _ in range(spec.plan.rounds))) for ranks in spec.groups
+        )
+        channels = _CHANNELS * sum(map(len, spec.groups))
+        if spec.platform == "cpu":
+            return ProbeRun(groups, 1.0, "gloo of torch fake", {"CPU/GLOO": channels})
+        return ProbeRun(groups, 1.0, "nccl 2.27.7 of torch fake", {self._transport: channels})
+
+    def _spread(self) -> float:
+        return self._random.lognormvariate(0.0, self._noise)
+
+
+def _per_start(value: float | Sequence[float]) -> Callable[[int], float]:
+    """The value of each start, by its number from 1; the last one stays."""
+    values = [value] if isinstance(value, (int, float)) else list(value)
+    return lambda number: values[min(number, len(values)) - 1]
 
 
 class InMemoryBaselines:

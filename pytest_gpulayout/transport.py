@@ -86,6 +86,7 @@ class TransportReport:
 
     :param uses: one entry per (src, dst, transport).
     :param network: plugin that NCCL chose; not a transport in use.
+    :param gap: what is missing to prove the whole layout, also where a socket settles the verdict; else ``None``.
     """
 
     verdict: TransportVerdict
@@ -93,6 +94,7 @@ class TransportReport:
     network: str | None = None
     nccl_version: str | None = None
     findings: tuple[Finding, ...] = ()
+    gap: str | None = None
 
     @property
     def transports(self) -> dict[str, int]:
@@ -116,7 +118,7 @@ class TransportReport:
         """Return one short text, such as ``P2P/CUMEM x4``."""
         if self.transports:
             text = ", ".join(f"{name} x{count}" for name, count in self.transports.items())
-            return text + (" (incomplete)" if self.verdict == "no-evidence" else "")
+            return text + (" (incomplete)" if self.verdict == "no-evidence" or self.gap is not None else "")
         return "none needed" if self.verdict == "ok" else "no evidence"
 
     def to_document(self) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ServerContext:
     :param rank_pids: process id of each rank. :param placement: index of the device of each rank, in rank order.
     :param server_lines: of the server's own log, where CUDA's errors stand.
     :param obstacle: why the logs may hold no evidence, in words.
+    :param moe: whether data-parallel ranks talk, as those of a model with experts do.
     """
 
     rank_pids: Mapping[int, int] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class ServerContext:
     surroundings: Surroundings | None = None
     server_lines: Sequence[LogLine] = ()
     obstacle: str | None = None
+    moe: bool = False
 
 
 _FROM_ELSEWHERE = ServerContext()
@@ -79,7 +81,17 @@ class _Judge:
             server_lines=self.server.server_lines,
         )
         findings = [*explained, *self._missing(gap), *self._layout_findings()]
-        return TransportReport(_verdict(uses, gap), uses, self.log.network, self.log.version, tuple(findings))
+        verdict = _verdict(uses, gap)
+        return TransportReport(verdict, uses, self.log.network, self.log.version, tuple(findings), gap)
+
+    @property
+    def _kinds(self) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """Groups of the layout that need a communicator, by kind."""
+        return {} if self.layout is None else self.layout.communication_groups(moe=self.server.moe)
+
+    @property
+    def _groups(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return ((name, ranks) for name, groups in self._kinds.items() for ranks in groups)
 
     # -- what is used --------------------------------------------------------------------------------------------
 
@@ -163,7 +175,7 @@ class _Judge:
         if strangers := sorted(rank for rank in named if rank >= layout.ranks):
             has = f"layout {layout} has ranks 0 to {layout.ranks - 1}"
             return f"rank {strangers[-1]} has channels, {has}: another server's log"
-        groups = layout.communication_groups()
+        groups = self._kinds
         if not groups:
             return None
         if not named and not self.log.nvls_communicators():
@@ -180,7 +192,7 @@ class _Judge:
     def _gap_of_known_ranks(self, layout: Layout) -> str | None:
         """With the ranks' process ids, each group must have a communicator of its own."""
         proved = {frozenset(self._layout_ranks(c).values()) for c in self.log.communicators if _is_proved(c)}
-        for name, ranks in _groups(layout):
+        for name, ranks in self._groups:
             if frozenset(ranks) not in proved:
                 names = ",".join(map(str, ranks))
                 return f"layout {layout} connects ranks {names} ({name}), no channels connect all of them"
@@ -227,7 +239,7 @@ class _Judge:
         if gap is None or self.layout is None:
             return
         seen = {frozenset(pair) for pair in self.log.edges}
-        for _, ranks in _groups(self.layout):
+        for _, ranks in self._groups:
             for a, b in pairwise(ranks):
                 if frozenset((a, b)) not in seen:
                     yield SlowUse(a, b, None)
@@ -247,7 +259,7 @@ class _Judge:
         layout = self.layout
         if layout is None:
             return
-        if not layout.communicating_pairs():
+        if not self._kinds:
             yield no_transport_needed(layout)
         nodes = max((member.n_nodes or 1 for member in self.log.comm_ranks if member.nranks > 1), default=1)
         if nodes > layout.nodes:
@@ -292,12 +304,6 @@ def no_transport_needed(layout: Layout) -> Finding:
     """Say why a layout needs no evidence."""
     reason = "has one rank" if layout.gpus == 1 else "has no ranks that talk to each other"
     return Finding(f"layout {layout} {reason}: no transport is needed", None, None, None, "nothing to do")
-
-
-def _groups(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, groups in layout.communication_groups().items():
-        for ranks in groups:
-            yield name, ranks
 
 
 def _by_size(

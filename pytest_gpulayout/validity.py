@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from pytest_gpulayout.agreement import agreement
 from pytest_gpulayout.baseline import is_measurement
 from pytest_gpulayout.metrics import batch_metrics
+from pytest_gpulayout.replicas import uneven_shares
 from pytest_gpulayout.stats import median
 from pytest_gpulayout.telemetry import foreign_load, slowdowns
 
@@ -38,6 +39,7 @@ ProblemKind = Literal[
     "too-few-samples",
     "several-servers",
     "unfit-metrics",
+    "uneven-shares",
 ]
 """What is wrong with a run; ``docs/measuring.md`` says how each is found and what to do."""
 
@@ -112,6 +114,7 @@ def find_problems(run: RunTrace, workload: Workload) -> tuple[Problem, ...]:
         *_jit_compilation(seen.server),
         *_throttled(run),
         *_foreign_process(run),
+        *_uneven_shares(run),
         *_unstable(run, workload),
     )
 
@@ -374,6 +377,13 @@ def _throttled(run: RunTrace) -> Iterator[Problem]:
 def _foreign_process(run: RunTrace) -> Iterator[Problem]:
     if run.observations.telemetry is not None and (text := foreign_load(run.observations.telemetry)):
         yield Problem("foreign-process", text)
+
+
+def _uneven_shares(run: RunTrace) -> Iterator[Problem]:
+    """Failed requests explain them."""
+    if run.observations.server is not None and not run.failed:
+        texts = uneven_shares(run.observations.server, len(run.batches))
+        yield from (Problem("uneven-shares", text) for text in texts)
 
 
 def _unstable(run: RunTrace, workload: Workload) -> Iterator[Problem]:

@@ -164,21 +164,23 @@ class Look:
 
     :param number: from 1. :param of: how many there may be.
     :param confirming: starts after those of the last look, which must show the change that it found.
+    :param restarts: whether a fresh start can be had; not of a server that somebody else runs.
     """
 
     number: int
     of: int
     confirming: int = 0
+    restarts: bool = True
 
     @classmethod
-    def after(cls, starts: int, of: int) -> Look:
+    def after(cls, starts: int, of: int, *, restarts: bool = True) -> Look:
         """Return the look after so many starts, of a gate that looks after each of ``of``."""
-        return cls(min(starts, of), of, confirming=max(0, starts - of))
+        return cls(min(starts, of), of, confirming=max(0, starts - of), restarts=restarts)
 
     def calls_for_another(self, found: Status) -> bool:
         """Whether one more start would serve: the verdict is open, or a regression that nothing has confirmed."""
         if self.is_last:
-            return found is Status.REGRESSION and not self.confirming
+            return self.restarts and found is Status.REGRESSION and not self.confirming
         return found is Status.INCONCLUSIVE
 
     @property
@@ -325,7 +327,7 @@ def _verdict(item: _Judged, look: Look, worse: float, better: float, metrics: in
         n_baseline=sum(map(len, item.history.level)),
         n_sessions=item.spread.sessions,
         is_settled=item.spread.is_settled,
-        requirement=require(item.spread, tolerance, metrics) if status is Status.INCONCLUSIVE else None,
+        requirement=_requirement(item.spread, tolerance, metrics, look) if status is Status.INCONCLUSIVE else None,
         n_confirming=look.confirming,
         ordinary_starts=item.ordinary_starts if moved is not None else 0,
     )
@@ -357,18 +359,25 @@ def _reach(
     return planned.detectable(Look(looks, looks).alarm / metrics, at_least)
 
 
-def require(spread: Spread, tolerance: Tolerance, metrics: int) -> Requirement:
-    """Find what it takes to see a change as large as the tolerance, with noise as it was found."""
+def _requirement(spread: Spread, tolerance: Tolerance, metrics: int, look: Look) -> Requirement:
+    return require(spread, tolerance, metrics, most_starts=MOST_STARTS if look.restarts else look.of)
+
+
+def require(spread: Spread, tolerance: Tolerance, metrics: int, *, most_starts: int = MOST_STARTS) -> Requirement:
+    """Find what it takes to see a change as large as the tolerance, with noise as it was found.
+
+    :param most_starts: that a gate could have.
+    """
     margin = tolerance.margin
 
     def sees(starts: int, sessions: int) -> bool:
         return detectable(spread, margin, metrics, starts, sessions=sessions) <= margin
 
-    smallest = detectable(spread, 0.0, metrics, MOST_STARTS, sessions=max(spread.sessions, MOST_SESSIONS))
+    smallest = detectable(spread, 0.0, metrics, most_starts, sessions=max(spread.sessions, MOST_SESSIONS))
     return Requirement(
-        starts=next((n for n in range(1, MOST_STARTS + 1) if sees(n, spread.sessions)), None),
+        starts=next((n for n in range(1, most_starts + 1) if sees(n, spread.sessions)), None),
         sessions=_from_which_on(
-            lambda count: sees(MOST_STARTS, count), range(spread.sessions, max(spread.sessions, MOST_SESSIONS) + 1)
+            lambda count: sees(most_starts, count), range(spread.sessions, max(spread.sessions, MOST_SESSIONS) + 1)
         ),
         smallest=tolerance.fraction_of(smallest),
     )

@@ -383,6 +383,7 @@ class _Rank(IntEnum):
 
 _TRACEBACK = "Traceback (most recent call last):"
 _GROUP_MARKS = re.compile(r"^\s*[|+][-+| ]*")
+_FRAME = re.compile(r'File "(?:[^"]*/)?(?P<file>[^"/]+)", line (?P<line>\d{1,9}), in (?P<function>\S+)')
 _EXCEPTION = re.compile(
     r"(?!(?:DEBUG|INFO|WARNING|ERROR|CRITICAL):)(?:[A-Za-z_]\w*\.)*[A-Z_]\w*(?:\([\w.]+\))?(?:: .*)?$"
 )
@@ -438,13 +439,14 @@ def error_cause(lines: Iterable[str | bytes]) -> str | None:
 
 @dataclass(slots=True)
 class _Traceback:
-    """Reading state of one process: tracebacks of several processes interleave."""
+    """Reading state of one process: tracebacks of several processes interleave. :param frame: the last one read."""
 
     rank: _Rank
     inside: bool = False
     chained: bool = False
     validation: bool = False
     cause: str | None = None
+    frame: str = ""
 
 
 class _CauseSearch:
@@ -487,6 +489,8 @@ class _CauseSearch:
             self._read_validation(state, message)
         elif not state.inside or text.endswith(_TRACEBACK):
             return False
+        elif match := _FRAME.match(text):
+            state.frame = f"{match['file']}:{match['line']}, {match['function']}"
         elif text and not message[:1].isspace():
             return self._read_exception(state, text)
         return True
@@ -494,6 +498,8 @@ class _CauseSearch:
     def _read_exception(self, state: _Traceback, text: str) -> bool:
         if not _EXCEPTION.match(text):
             return False
+        if ":" not in text and state.frame:  # an exception without a word: where it was raised says more
+            text = f"{text} in {state.frame}"
         state.inside = False
         state.validation = _PYDANTIC.match(text) is not None
         if state.cause is None or _SAYS_LITTLE.match(state.cause):

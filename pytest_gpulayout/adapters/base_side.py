@@ -1,8 +1,8 @@
 """Finds out what ``--gpu-base`` names: another Python with vLLM in it, or a server that already runs.
 
-Knows virtual environments, package metadata and vLLM's ``/version`` and ``/v1/models`` (vLLM 0.32,
-``vllm/entrypoints/serve``). Leaves starting servers to :mod:`~pytest_gpulayout.adapters.vllm_process` and measuring
-them to the plugin.
+Knows virtual environments and package metadata. Leaves asking a server to
+:mod:`~pytest_gpulayout.adapters.running_server`, starting one to :mod:`~pytest_gpulayout.adapters.vllm_process`, and
+measuring both to the plugin.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from pytest_gpulayout.adapters.host import DISTRIBUTIONS
-from pytest_gpulayout.adapters.server_address import Asker, locate
+from pytest_gpulayout.adapters.running_server import Role, find_running_server
 from pytest_gpulayout.errors import MeasurementError, ServerStartFailed
 from pytest_gpulayout.ports import Endpoint
 
@@ -28,7 +27,7 @@ KEY_VARIABLE = "GPULAYOUT_BASE_API_KEY"
 """Environment variable that holds the key of a base that is a URL."""
 
 _TIMEOUT_S = 60.0
-_ANSWER_S = 10.0
+_BASE = Role("base", KEY_VARIABLE)
 _MARK = "gpulayout-base:"
 _VENV_PYTHONS = ("bin/python", "bin/python3")
 _NAME_IT = "name a Python, a folder of a virtual environment, or a URL: --gpu-base=/opt/vllm-old"
@@ -165,44 +164,8 @@ def find_base_server(url: str) -> BaseServer:
     :param url: without a trailing slash; ``/v1`` may stand at its end.
     :raises MeasurementError: it does not answer, or refuses the key.
     """
-    url = url.rstrip("/").removesuffix("/v1")
-    endpoint = Endpoint(url, "", os.environ.get(KEY_VARIABLE) or None)
-    asker = Asker(locate(endpoint, _ANSWER_S), _ANSWER_S)
-    try:
-        models = _models(url, *asker.ask("GET", "/v1/models"))
-        version = _version(*asker.ask("GET", "/version"))
-    finally:
-        asker.close()
-    return BaseServer(url, endpoint, version, models)
-
-
-def _models(url: str, status: int, body: bytes) -> tuple[str, ...]:
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        found = "it refuses the key" if os.environ.get(KEY_VARIABLE) else "it asks for a key"
-        raise MeasurementError(
-            f"a base that answers was required, found HTTP {status}: {found}\n  at {url}\n"
-            f"  put its key into the environment variable {KEY_VARIABLE}"
-        )
-    try:
-        names = tuple(str(model["id"]) for model in orjson.loads(body)["data"])
-    except (ValueError, KeyError, TypeError):
-        names = ()
-    if status == HTTPStatus.OK and names:
-        return names
-    raise MeasurementError(
-        f"an OpenAI-compatible server was required as base, found HTTP {status} and no list of models\n"
-        f"  at {url}/v1/models\n  check the URL: curl {url}/v1/models"
-    )
-
-
-def _version(status: int, body: bytes) -> str | None:
-    if status != HTTPStatus.OK:
-        return None
-    try:
-        version = orjson.loads(body)["version"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return version if isinstance(version, str) else None
+    found = find_running_server(url, _BASE)
+    return BaseServer(found.endpoint.url, found.endpoint, found.version, tuple(model.name for model in found.models))
 
 
 def _unusable(python: str, found: str) -> ServerStartFailed:

@@ -12,9 +12,11 @@ import re
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_gpulayout.ports import Progress
+from pytest_gpulayout.ports import Platform, Progress
+from pytest_gpulayout.topology import Device
 
 LOCK_FOLDER = "/tmp"  # not TMPDIR: CI systems give every job its own
 _POLL_S = 0.2
@@ -45,10 +47,36 @@ class DeviceLocks:
         while self.paths:
             remove_lock(self._files.pop(), self.paths.pop())
 
+    def lend(self) -> LentLocks:
+        """Return the same locks for one of several servers; this object stays their owner, and frees them."""
+        return LentLocks(self.files, tuple(self.paths))
+
     @property
     def files(self) -> tuple[int, ...]:
         """Open files that a child must inherit to hold the locks, too."""
         return tuple(self._files)
+
+
+@dataclass(frozen=True, slots=True)
+class LentLocks:
+    """Locks that are held together with their owner, whose they stay."""
+
+    files: tuple[int, ...]
+    paths: tuple[str, ...]
+
+    def release(self) -> None:
+        """Leave that to the owner."""
+
+    def lend(self) -> LentLocks:
+        """Return these: their owner stays the same."""
+        return self
+
+
+def lock_names(platform: Platform, devices: Sequence[Device]) -> list[str]:
+    """Return one name per GPU; all cores together are one device, since ranks, front end and client share them."""
+    if platform == "cpu":
+        return ["cpu"]
+    return [device.uuid or f"gpu-{device.index}" for device in devices]
 
 
 def remove_lock(file: int, path: str) -> None:

@@ -38,6 +38,7 @@ from pytest_gpulayout.drift import wiring_document
 from pytest_gpulayout.measurement import Identity
 
 if TYPE_CHECKING:
+    from pytest_gpulayout.collectives import ProbePlan
     from pytest_gpulayout.gate import PlacedLayout
     from pytest_gpulayout.ports import ServerProof
     from pytest_gpulayout.workload import Workload
@@ -103,12 +104,13 @@ def identify(
     *,
     model: Mapping[str, str],
     arguments: tuple[str, ...],
-    workload: Workload,
-    proof: ServerProof,
+    workload: Workload | ProbePlan,
+    proof: ServerProof | None,
 ) -> Identity:
     """Collect the identity of what is about to be measured; which fact is in which part stands at the top.
 
-    :param arguments: of the command line, so software under test. :param proof: of the server that is measured.
+    :param arguments: of the command line, so software under test.
+    :param proof: of the server that is measured, ``None`` where the links are, without one.
     """
     key = BaselineKey(
         model=model,
@@ -117,14 +119,20 @@ def identify(
         workload={"name": workload.name, "fingerprint": workload.fingerprint()},
     )
     sut: dict[str, Any] = {
-        "vllm": proof.vllm_version,
+        "vllm": software_version("vllm") if proof is None else proof.vllm_version,
         "torch": software_version("torch"),
         "flashinfer": software_version("flashinfer"),
         "python": ".".join(map(str, sys.version_info[:2])),
         "arguments": " ".join(arguments),
     }
-    covariates = _covariates(placed) | ({"binding": proof.binding} if proof.binding else {})
+    told = {} if proof is None else _told_by(proof)
+    covariates = _covariates(placed) | told
     return Identity(key, _epoch(placed), _known(sut), covariates, wiring_document(placed))
+
+
+def _told_by(proof: ServerProof) -> dict[str, Any]:
+    nodes = ", ".join(node.name for node in proof.nodes)
+    return _known({"binding": proof.binding, "proxy": proof.proxy, "nodes": nodes})
 
 
 def _hardware(placed: PlacedLayout) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def _hardware(placed: PlacedLayout) -> dict[str, Any]:
             "power_limit_w": None,
         }
         return {"platform": "cpu", **facts, "links": links}
-    devices = placed.devices
+    devices = placed.every_device
     names = dict.fromkeys(device.name or "unknown GPU" for device in devices)
     memory = _least([device.memory_bytes for device in devices])
     return {

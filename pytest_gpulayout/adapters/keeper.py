@@ -14,6 +14,7 @@ negative for a signal), ``{"stopped": {"killed": [pids], "segments": [names]}}``
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import select
@@ -30,6 +31,7 @@ SHARED_MEMORY = "/dev/shm/"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.1
+_FIRST_INHERITED, _BEYOND_INHERITED = 3, 1024
 
 
 class KeeperConfig(TypedDict):
@@ -117,8 +119,9 @@ class Keeper:
         killed = self._end_all(server.pid)
         removed = self._remove_segments()
         shutil.rmtree(self._config["run_dir"], ignore_errors=True)
-        for lock in self._config["locks"]:  # held through the files inherited from pytest until this process ends
-            _unlink_lock(lock)
+        os.closerange(_FIRST_INHERITED, _BEYOND_INHERITED)  # the locks among them, which are held until now
+        for lock in self._config["locks"]:
+            _remove_lock(lock)
         self._say({"stopped": {"killed": killed, "segments": removed}})
 
     def _wait(self, server_pid: int) -> None:
@@ -207,11 +210,20 @@ def _die_with_keeper() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _unlink_lock(path: str) -> None:
+def _remove_lock(path: str) -> None:
+    """Unlink a lock file that nobody holds any more: pytest may, and the keepers of other servers on these devices."""
     try:
-        os.unlink(path)
+        file = os.open(path, os.O_RDWR)
     except (FileNotFoundError, PermissionError):
-        pass  # in /tmp only its owner may remove a file; without a holder it locks nothing
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_ino == os.stat(path).st_ino:
+            os.unlink(path)
+    except (BlockingIOError, FileNotFoundError, PermissionError):
+        pass  # the last holder removes it; in /tmp only its owner may, and without a holder it locks nothing
+    finally:
+        os.close(file)
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""What names a model exactly: its config.json, its commit in the cache of a hub, and the dtype of its weights.
+"""What names a model exactly (config.json, commit in the cache of a hub, dtype of its weights), and what limits it.
 
 Knows the cache of ``huggingface_hub`` through that library alone, where it is installed, and those arguments of
 ``vllm serve`` that choose weights (vLLM 0.32, ``vllm/engine/arg_utils.py``). Never goes to the network.
@@ -13,10 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pytest_gpulayout.gate import ModelSizes
+
 _CONFIG = "config.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_OTHER_CONFIG = ("--hf-overrides", "--hf-config-path", "--config")
 _ALIASES = {"half": "float16", "float": "float32"}  # vllm/config/model.py, ModelDType
 _KEPT_BY_AUTO = ("bfloat16", "float16")
+_HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model")  # nearly all; GPT-2 and its like; MPT
+_EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+_UNSETTLED = "block_configs"  # experts differ from layer to layer there
 
 
 def revision_of(model: str, arguments: Sequence[str]) -> str:
@@ -57,6 +63,41 @@ def dtype_of(model: str, arguments: Sequence[str], *, said_by_server: str | None
     return " ".join(filter(None, [_ALIASES.get(dtype, dtype), str(method or "")]))
 
 
+def sizes_of(model: str, arguments: Sequence[str]) -> ModelSizes:
+    """Return what of a model limits its layouts, as far as its config.json is at hand and counts.
+
+    Experts have the names by which vLLM knows them (0.32, ``vllm/transformers_utils/model_arch_config_convertor.py``,
+    ``get_num_experts``), layers are those of the language model in one that sees and hears, too.
+
+    :param arguments: of the server; those that change the config leave nothing to be told.
+    """
+    if any(name.replace("_", "-").startswith(_OTHER_CONFIG) for name in arguments):
+        return ModelSizes()
+    path = _config_path(model, arguments)
+    config = _read_config(model, arguments)
+    if path is None or not config:
+        return ModelSizes()
+    inner = config.get("text_config")
+    layers = config.get("num_hidden_layers") or (
+        inner.get("num_hidden_layers") if isinstance(inner, Mapping) else None
+    )
+    return ModelSizes(layers if isinstance(layers, int) else None, _experts_in(config), str(path))
+
+
+def hidden_size_of(model: str, arguments: Sequence[str]) -> int | None:
+    """Return how many numbers stand for a token between the layers, ``None`` where no config.json at hand tells.
+
+    Of a model that sees and hears, too, that is the size in its language model.
+
+    :param arguments: of the server; ``--revision`` and ``--download-dir`` count.
+    """
+    config = _read_config(model, arguments)
+    inner = config.get("text_config")
+    parts = [inner, config] if isinstance(inner, Mapping) else [config]
+    sizes = (part.get(name) for part in parts for name in _HIDDEN_SIZE)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
 def argument_of(arguments: Sequence[str], *names: str) -> str | None:
     """Return the value of ``--name VALUE`` or ``--name=VALUE``, of several the last; ``None`` where there is none."""
     found = None
@@ -68,14 +109,28 @@ def argument_of(arguments: Sequence[str], *names: str) -> str | None:
 
 
 def _read_config(model: str, arguments: Sequence[str]) -> Mapping[str, Any]:
-    path: Path | None = Path(model) / _CONFIG
-    if path is not None and not path.is_file():
-        path = _cached_config(model, arguments)
+    path = _config_path(model, arguments)
     try:
         document = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the server refuses such a model itself
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _config_path(model: str, arguments: Sequence[str]) -> Path | None:
+    path = Path(model) / _CONFIG
+    return path if path.is_file() else _cached_config(model, arguments)
+
+
+def _experts_in(config: Mapping[str, Any]) -> int | None:
+    """How many experts the config names, in whichever part: 0 where no part does, ``None`` where it is open."""
+    if _UNSETTLED in config:
+        return None
+    found = next((config[name] for name in _EXPERTS if config.get(name)), 0)
+    number = next(iter(found), 0) if isinstance(found, list) else found
+    inner = [_experts_in(part) for part in config.values() if isinstance(part, Mapping)]
+    counts = [number if isinstance(number, int) else None, *inner]
+    return None if None in counts else max(count for count in counts if count is not None)
 
 
 def _of_text_model(config: Mapping[str, Any], name: str) -> str:

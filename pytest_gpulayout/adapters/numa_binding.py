@@ -48,11 +48,13 @@ def bind_server(spec: ServerSpec, *, has_flag: bool) -> Binding:
         return Binding(None, (), "")
     # vLLM's wrapper takes effect on processes that are spawned, and `vllm serve` spawns unless it is told otherwise.
     spawns = os.environ.get(_START_METHOD_VARIABLE, "spawn") == "spawn"
+    # With both, vLLM looks up the node of another GPU: it counts tp * pp ranks per engine (numa_utils.py, 0.32).
+    is_counted = spec.layout.dp == 1 or spec.layout.pcp == 1
     return plan_binding(
         spec.devices,
         frozenset(os.sched_getaffinity(0)),
         node_of_cpu=numa_nodes(),
-        has_flag=has_flag and spawns,
+        has_flag=has_flag and spawns and is_counted,
         cpus_under_numactl=cpus_under_numactl,
         arguments=spec.arguments,
     )

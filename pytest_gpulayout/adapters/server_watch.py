@@ -45,7 +45,7 @@ class ServerWatch:
     """Looks at a server from entering to leaving; what cannot be read becomes a note in what it saw.
 
     :param endpoint: what the load goes to; its key is sent along. :param workload: of the load.
-    :param log: the server's log, where it is at hand.
+    :param logs: those of the server, or of its replicas, where they are at hand.
     :param replicas: base URLs of the servers behind the endpoint, where there are several.
     :param settle_s: how long the counters may take to come to rest, before the load and after it.
     :param clock: in seconds, monotonic.
@@ -56,7 +56,7 @@ class ServerWatch:
         endpoint: Endpoint,
         workload: Workload,
         *,
-        log: Path | None = None,
+        logs: Sequence[Path] = (),
         replicas: Sequence[str] = (),
         settle_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -64,7 +64,7 @@ class ServerWatch:
     ) -> None:
         self._endpoint = endpoint
         self._workload = workload
-        self._log = log
+        self._logs = tuple(logs)
         self._urls = tuple(url.rstrip("/") for url in replicas) or (endpoint.url,)
         self._settle_s = settle_s
         self._clock = clock
@@ -74,7 +74,7 @@ class ServerWatch:
         self._reset: PrefixReset = "not asked" if workload.shares_prefix else "unavailable"
         self._before: _Counters | None = None
         self._rested = True
-        self._log_start = 0
+        self._log_starts: dict[Path, int] = {}
         self._seen = ServerWindow()
 
     def __enter__(self) -> ServerWatch:
@@ -86,7 +86,7 @@ class ServerWatch:
             self._before = self._counters_at_rest("before")
         except MeasurementError as error:
             self._note(error)
-        self._log_start = self._log_size()
+        self._log_starts = {log: _size(log) for log in self._logs}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -104,14 +104,17 @@ class ServerWatch:
 
     def _look_back(self) -> ServerWindow:
         engines = self._growth()
-        logged = self._read_log()
+        logged = [self._read_log(log) for log in self._logs]
+        if not logged:
+            self._notes.append("the server's log is not at hand, so compilations meanwhile would go unseen")
         return ServerWindow(
             engines=engines,
+            replicas=self._urls if len(self._urls) > 1 else (),
             settled=self._rested,
             prefix_reset=self._reset,
-            jit=logged.jit,
-            steps=logged.steps,
-            notes=tuple(self._notes),
+            jit=tuple(line for log in logged for line in log.jit),
+            steps=tuple(times for log in logged for times in log.steps),
+            notes=tuple(dict.fromkeys(self._notes)),
         )
 
     def _note(self, error: MeasurementError) -> None:
@@ -186,28 +189,24 @@ class ServerWatch:
 
     # -- the log -----------------------------------------------------------------------------------------------------
 
-    def _log_size(self) -> int:
-        if self._log is None:
-            return 0
+    def _read_log(self, log: Path) -> ServingLog:
         try:
-            return self._log.stat().st_size
-        except OSError:
-            return 0  # reading it will tell why
-
-    def _read_log(self) -> ServingLog:
-        if self._log is None:
-            self._notes.append("the server's log is not at hand, so compilations meanwhile would go unseen")
-            return ServingLog((), ())
-        try:
-            end = self._log.stat().st_size
-            if end < self._log_start:
-                self._notes.append(f"{self._log} was cut while it was measured, so compilations would go unseen")
-            elif not monitors_compilations(_lines(self._log, 0, self._log_start)):
+            start, end = self._log_starts[log], log.stat().st_size
+            if end < start:
+                self._notes.append(f"{log} was cut while it was measured, so compilations would go unseen")
+            elif not monitors_compilations(_lines(log, 0, start)):
                 self._notes.append("the server does not log compilations, so they would go unseen")
-            return read_serving_log(_lines(self._log, self._log_start, end))
+            return read_serving_log(_lines(log, start, end))
         except OSError as error:
             self._notes.append(f"the server's log cannot be read: {error}")
             return ServingLog((), ())
+
+
+def _size(log: Path) -> int:
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0  # reading it will tell why
 
 
 def _in_flight(counters: _Counters) -> float:

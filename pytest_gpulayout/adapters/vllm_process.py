@@ -9,20 +9,17 @@ the layout, and the process table shows every rank. ``/health`` alone proves not
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -30,9 +27,10 @@ import requests
 
 from pytest_gpulayout.adapters import dev_guard
 from pytest_gpulayout.adapters import keeper as keeper_script
-from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of
-from pytest_gpulayout.adapters.device_lock import DeviceLocks
+from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, binding_of, format_cpus
+from pytest_gpulayout.adapters.device_lock import DeviceLocks, LentLocks, lock_names
 from pytest_gpulayout.adapters.http_session import open_session
+from pytest_gpulayout.adapters.kept_process import KeptProcess, describe_exit
 from pytest_gpulayout.adapters.nccl_capture import NCCL_SUBSYSTEMS, NcclCapture
 from pytest_gpulayout.adapters.numa_binding import Binding, bind_server
 from pytest_gpulayout.adapters.surroundings import read_surroundings
@@ -41,7 +39,10 @@ from pytest_gpulayout.fingerprint import parse_fingerprint
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.occupancy import Occupancy, OccupancyReport, await_idle_devices, judge_occupancy
 from pytest_gpulayout.ports import Endpoint, GpuProcessSource, Progress, ServerProof, ServerSpec
+from pytest_gpulayout.process_titles import api_servers, has_joined_engines, rank_pids
+from pytest_gpulayout.server_info import SERVER_INFO_PATH, ServerInfo, parse_server_info
 from pytest_gpulayout.surroundings import Surroundings
+from pytest_gpulayout.topology import Device
 from pytest_gpulayout.vllm_log import error_cause
 
 TERM_TIMEOUT_S = 20.0
@@ -51,7 +52,6 @@ _DYING_S = 5.0
 _TAIL_LINES = 8
 _REQUEST_TIMEOUT_S = 60.0
 _LONGEST_SOCKET_FOLDER = 60  # vLLM makes Unix sockets named by a UUID in it, and sun_path holds 107 characters
-_WORKER_TITLE = re.compile(r"VLLM::Worker(?P<coordinates>(?:_[A-Z]+\d+)*)")
 _LOG_PREFIX = re.compile(r"^\((?P<who>\w+)[^)]*\) [A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ")
 _FIND_VLLM = """
 import importlib.util, pathlib, sys
@@ -69,6 +69,7 @@ for folder in map(pathlib.Path, spec.submodule_search_locations or ()):
 _NUMA_OPTION = "--numa-bind"
 _TIMINGS_OPTION = "--enable-per-request-metrics"
 _MIDDLEWARE_OPTION = "--middleware"
+_ENGINE_HEADER = "X-data-parallel-rank"  # vllm/entrypoints/generate/base/serving.py, _get_data_parallel_rank
 _WITHOUT_TIMINGS = frozenset({"--disable-log-stats", "--config"})  # vLLM refuses both, and a file may say so, too
 _KEEP_ALIVE_S = 120
 _GUARD_MODULE = "gpulayout_dev_guard"
@@ -104,23 +105,32 @@ class VllmLauncher:
         :raises ServerStartFailed: it ended, or proved to be something else. :raises ServerStartTimeout: too slow.
         :raises DevicesBusy: others compute on its devices.
         """
-        options = require_vllm(spec.python)
-        binding = bind_server(spec, has_flag=_NUMA_OPTION in options)
-        self._started += 1
-        log_dir = self._log_dir / f"server-{self._started}-{spec.layout}"
-        log_dir.mkdir(parents=True)
+        place = self.reserve(spec, progress)
         with ExitStack() as undo:
-            locks = DeviceLocks(_lock_names(spec), f"pytest, layout {spec.layout}", progress)
-            undo.callback(locks.release)
-            watch = self._await_idle(spec, progress)
-            server = VllmServer(spec, log_dir, locks, binding, watch, options=options)
+            undo.callback(place.locks.release)
+            server = prepare_server(spec, place)
             undo.pop_all()  # the server frees them when it has ended
             undo.callback(server.stop)
             server.start(progress)
             undo.pop_all()
         return server
 
-    def _await_idle(self, spec: ServerSpec, progress: Progress) -> _GpuWatch | None:
+    def reserve(self, spec: ServerSpec, progress: Progress) -> Place:
+        """Return where a server may be started, once its devices are ours and nobody else computes on them.
+
+        :raises ServerStartFailed: no vLLM. :raises DevicesBusy: others compute on its devices.
+        """
+        options = require_vllm(spec.python)
+        self._started += 1
+        folder = self._log_dir / f"server-{self._started}-{spec.layout}"
+        with ExitStack() as undo:
+            locks = DeviceLocks(lock_names(spec.platform, spec.devices), f"pytest, layout {spec.layout}", progress)
+            undo.callback(locks.release)
+            watch = self._await_idle(spec, progress)
+            undo.pop_all()
+        return Place(folder, locks, watch, options)
+
+    def _await_idle(self, spec: ServerSpec, progress: Progress) -> GpuWatch | None:
         """Wait until nobody else computes on the GPUs; the locks keep out only those who take them, too."""
         if self._processes is None or spec.platform == "cpu":
             return None
@@ -133,21 +143,65 @@ class VllmLauncher:
             sleep=self._sleep,
             progress=progress,
         )
-        return _GpuWatch(self._processes, before)
+        return GpuWatch(self._processes, before)
 
 
 @dataclass(frozen=True, slots=True)
-class _GpuWatch:
+class GpuWatch:
     """:param before: who was on the GPUs before the server started."""
 
     source: GpuProcessSource
     before: Occupancy
+
+    def report(
+        self, devices: Sequence[Device], rank_pids: Mapping[int, int], pids: Callable[[], Mapping[int, str]]
+    ) -> OccupancyReport:
+        """Return on which GPUs the processes of a server compute now.
+
+        :param devices: (n_ranks,), in rank order. :param pids: lists all of its processes, pid -> title.
+        """
+        earlier = pids()
+        now = self.source.snapshot()
+        every = {**earlier, **pids()}  # what has ended or begun meanwhile is the server's as well
+        titles = {pid: title.partition(" --")[0] for pid, title in every.items()}
+        return judge_occupancy(self.before, now, devices, rank_pids, titles, self.source.describe)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a server may be started.
+
+    :param folder: for its logs, which is made for it. :param locks: on its devices.
+    :param watch: on its GPUs, ``None`` where nobody lists who computes on them.
+    :param options: those of :func:`require_vllm` that its vLLM has.
+    """
+
+    folder: Path
+    locks: DeviceLocks | LentLocks
+    watch: GpuWatch | None
+    options: frozenset[str]
+
+
+def prepare_server(
+    spec: ServerSpec, place: Place, *, api_key: str | None = None, cpus: Collection[int] = ()
+) -> VllmServer:
+    """Return a server that can be started; it frees the locks of its place when it is stopped.
+
+    :param api_key: ``None`` for a key of its own.
+    :param cpus: that all of its processes are kept on; empty for those that are near its devices.
+    """
+    binding = bind_server(spec, has_flag=_NUMA_OPTION in place.options)
+    if cpus:
+        binding = replace(binding, cpus=frozenset(cpus), words=f"all processes on cores {format_cpus(sorted(cpus))}")
+    place.folder.mkdir(parents=True)
+    return VllmServer(spec, place.folder, place.locks, binding, place.watch, options=place.options, api_key=api_key)
 
 
 class VllmServer:
     """One vLLM server: its process tree, its address, its logs.
 
     :param options: those of :func:`require_vllm` that its vLLM has.
+    :param api_key: what its requests must carry, ``None`` for a key of its own.
     :ivar binding: the CPUs and NUMA nodes that it is bound to, or why not, in words.
     """
 
@@ -155,11 +209,12 @@ class VllmServer:
         self,
         spec: ServerSpec,
         log_dir: Path,
-        locks: DeviceLocks,
+        locks: DeviceLocks | LentLocks,
         binding: Binding,
-        watch: _GpuWatch | None = None,
+        watch: GpuWatch | None = None,
         *,
         options: Collection[str] = (),
+        api_key: str | None = None,
     ) -> None:
         self.spec = spec
         self._watch = watch
@@ -168,11 +223,11 @@ class VllmServer:
         self.log = log_dir / "server.log"
         self._nccl_dir = log_dir / "nccl"
         self._locks = locks
-        self.endpoint = Endpoint(f"http://127.0.0.1:{_free_port()}", spec.model, secrets.token_urlsafe(24))
+        self.endpoint = Endpoint(f"http://127.0.0.1:{free_port()}", spec.model, api_key or secrets.token_urlsafe(24))
         guarded = _MIDDLEWARE_OPTION in options and not _serves_in_rust()
         self.command = _command(spec, self.endpoint, binding, _measuring_arguments(spec, options, guarded=guarded))
-        self._keeper: subprocess.Popen[str] | None = None
-        self._messages: dict[str, object] = {}
+        self._kept: KeptProcess | None = None
+        self._started_s = 0.0
         self._http = open_session(lambda: self.endpoint)
         self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
         guard = _install_guard(self._run_dir) if guarded else None
@@ -185,51 +240,62 @@ class VllmServer:
 
     def start(self, progress: Progress) -> None:
         """Start the processes and return when the server has proved itself; see :meth:`VllmLauncher.launch`."""
+        self.begin()
+        self.finish_start(progress)
+
+    def begin(self) -> None:
+        """Start the processes, and return while they load."""
         self._nccl_dir.mkdir(mode=0o700)
         self.log.touch()
-        started = time.monotonic()
-        self._start_keeper()
-        self._wait_for_health(started, progress)
-        progress(f"{self.spec.layout}: first completion")
-        fingerprint = self._first_completion()
-        version = self._prove_layout(fingerprint)
-        rank_pids = self._prove_ranks()
-        self.proof = ServerProof(version, fingerprint, rank_pids, time.monotonic() - started, self.binding)
-        self._tell_keeper("note")
-
-    def _start_keeper(self) -> None:
-        config: keeper_script.KeeperConfig = {
-            "command": list(self.command),
-            "cpus": self._cpus,
-            "log": str(self.log),
-            "run_dir": str(self._run_dir),
-            "locks": self._locks.paths,
-            "term_timeout_s": TERM_TIMEOUT_S,
-        }
-        self._keeper = subprocess.Popen(
-            [sys.executable, "-I", str(keeper_script.__file__), json.dumps(config)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for pytest, which then asks the keeper to stop
-            pass_fds=self._locks.files,
+        self._started_s = time.monotonic()
+        self._kept = KeptProcess(
+            self.command,
+            self._environment,
+            log=self.log,
+            run_dir=self._run_dir,
+            locks=self._locks,
+            cpus=self._cpus,
+            term_timeout_s=TERM_TIMEOUT_S,
         )
-        assert self._keeper.stdout is not None
-        os.set_blocking(self._keeper.stdout.fileno(), False)
+
+    def finish_start(self, progress: Progress) -> None:
+        """Return when the server that was begun has proved itself; see :meth:`VllmLauncher.launch`."""
+        assert self._kept is not None
+        self._wait_for_health(self._started_s, progress)
+        progress(f"{self.spec.layout}: first completion")
+        fingerprint = self._first_completions()
+        start_s = time.monotonic() - self._started_s
+        version = self._prove_layout(fingerprint)
+        info = self._prove_configuration()
+        ranks = self._prove_ranks()
+        titles = self.pids().values()
+        self.proof = ServerProof(
+            version,
+            fingerprint,
+            ranks,
+            start_s,
+            self.binding,
+            moe=has_joined_engines(titles),
+            info=info,
+            api_servers=api_servers(titles),
+        )
+        self._kept.note_segments()
+
+    def ask_to_end(self) -> None:
+        """Begin to end it, so that several servers can end side by side; :meth:`stop` waits."""
+        if self._kept is not None:
+            self._kept.ask_to_end()
 
     def stop(self) -> None:
         """End the whole process tree, free the locks, remove temporary files; may be called again.
 
         :raises ServerError: it cannot be ended; the locks stay, since its devices are not free.
         """
-        if self._keeper is not None:
-            self._tell_keeper("stop")
+        if self._kept is not None:
             try:
-                self._keeper.communicate(timeout=TERM_TIMEOUT_S + _KEEPER_GRACE_S)
+                self._kept.end(TERM_TIMEOUT_S + _KEEPER_GRACE_S)
             except subprocess.TimeoutExpired as error:
-                raise self._still_running() from error
-            self._keeper = None
+                raise self._still_running(self._kept) from error
         self._http.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)  # the keeper did, unless it never started
         self._locks.release()
@@ -266,12 +332,11 @@ class VllmServer:
         """Return on which GPUs its processes compute now; ``None`` where nobody was asked before the start."""
         if self._watch is None:
             return None
-        source, earlier = self._watch.source, self.pids()
-        now = source.snapshot()
-        pids = {**earlier, **self.pids()}  # what has ended or begun meanwhile is the server's as well
-        titles = {pid: title.partition(" --")[0] for pid, title in pids.items()}
-        ranks = self.proof.rank_pids
-        return judge_occupancy(self._watch.before, now, self.spec.devices, ranks, titles, source.describe)
+        return self._watch.report(self.spec.devices, self.proof.rank_pids, self.pids)
+
+    def parts(self) -> tuple[VllmServer]:
+        """Return this server alone."""
+        return (self,)
 
     # -- getting ready ---------------------------------------------------------------------------------------------
 
@@ -294,16 +359,30 @@ class VllmServer:
         except requests.RequestException:
             return False
 
-    def _first_completion(self) -> str:
-        """Return the ``system_fingerprint`` of a short completion; an engine that cannot compute dies here."""
+    def _first_completions(self) -> str:
+        """Return the ``system_fingerprint`` of a short completion; an engine that cannot compute dies here.
+
+        Every data-parallel engine answers one: the balancing of load would let one that cannot go unseen.
+        """
+        engines = self.spec.layout.dp
+        told = [self._first_completion(engine if engines > 1 else None) for engine in range(engines)]
+        return told[0]
+
+    def _first_completion(self, engine: int | None) -> str:
+        """Return the fingerprint of one completion.
+
+        :param engine: the data-parallel engine that is to answer; ``None`` where there is one.
+        """
+        chosen = {} if engine is None else {_ENGINE_HEADER: str(engine)}
+        who = "" if engine is None else f"engine {engine}: "
         body = {"model": self.spec.model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
         timeout = min(_REQUEST_TIMEOUT_S, self.spec.start_timeout_s)
         try:
-            response = self._http.post("/v1/completions", json=body, timeout=timeout)
+            response = self._http.post("/v1/completions", json=body, headers=chosen, timeout=timeout)
         except requests.RequestException as error:
-            raise self._died_at_first_request(f"no answer ({type(error).__name__})") from error
+            raise self._died_at_first_request(f"{who}no answer ({type(error).__name__})") from error
         if response.status_code != 200:
-            raise self._died_at_first_request(f"HTTP {response.status_code} {response.text[:300]}")
+            raise self._died_at_first_request(f"{who}HTTP {response.status_code} {response.text[:300]}")
         return _system_fingerprint(response)
 
     def _died_at_first_request(self, answer: str) -> ServerError:
@@ -332,14 +411,38 @@ class VllmServer:
             )
         return fingerprint.version
 
+    def _prove_configuration(self) -> ServerInfo | None:
+        """Check what the server tells of its factors, where the layout has more than one; ``None`` if it does not."""
+        layout = self.spec.layout
+        if layout == Layout(tp=layout.tp, replicas=layout.replicas, nodes=layout.nodes):
+            return None  # its fingerprint has told all
+        info = self._server_info()
+        if info is not None and (contradiction := info.contradiction(layout)):
+            raise ServerStartFailed(
+                f"the server is not the layout that was asked for: {contradiction}\n"
+                f"  where: GET {self.endpoint.url}{SERVER_INFO_PATH}\n"
+                "  leave it to --gpu-layout: take what changes its factors out of the server's arguments",
+                command=self.command,
+            )
+        return info
+
+    def _server_info(self) -> ServerInfo | None:
+        try:
+            response = self._http.get(SERVER_INFO_PATH, timeout=_REQUEST_TIMEOUT_S)
+            return parse_server_info(response.json()) if response.status_code == 200 else None
+        except requests.RequestException:  # also an answer that is no JSON
+            return None
+
     def _prove_ranks(self) -> Mapping[int, int]:
-        found = rank_pids(self.spec.layout, {process.pid: _title(process) for process in self._processes()})
+        processes = list(self._processes())
+        titles = {process.pid: _title(process) for process in processes}
+        found = rank_pids(self.spec.layout, titles, _parents(processes))
         missing = sorted(set(range(self.spec.layout.ranks)) - set(found))
         if missing:
-            titles = ", ".join(sorted(title for title in self.pids().values() if "VLLM::" in title)) or "no VLLM::..."
+            table = ", ".join(sorted(title for title in titles.values() if "VLLM::" in title)) or "no VLLM::..."
             raise ServerStartFailed(
                 f"layout {self.spec.layout} needs {self.spec.layout.ranks} worker processes, "
-                f"found none for rank {', '.join(map(str, missing))}\n  process table of the server: {titles}\n"
+                f"found none for rank {', '.join(map(str, missing))}\n  process table of the server: {table}\n"
                 f"  read its log: less {self.log}\n"
                 f"  vLLM names its processes with setproctitle: {self.spec.python} -m pip install setproctitle",
                 command=self.command,
@@ -349,44 +452,21 @@ class VllmServer:
     # -- the process tree ------------------------------------------------------------------------------------------
 
     def _processes(self) -> Iterator[psutil.Process]:
-        if self._keeper is None:
-            return
-        try:
-            processes = psutil.Process(self._keeper.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return
+        processes = [] if self._kept is None else self._kept.processes()
         self._seen.update(process.pid for process in processes)
         yield from processes
 
     def _exit_code(self) -> int | None:
-        """The server's exit code, ``None`` while it runs; a keeper that died counts as a server that was killed."""
-        keeper = self._keeper
-        if keeper is not None and keeper.stdout is not None:
-            while line := keeper.stdout.readline():
-                self._messages.update(json.loads(line))
-            if "exited" not in self._messages and keeper.poll() is not None:
-                self._messages["exited"] = keeper.returncode
-        code = self._messages.get("exited")
-        return code if isinstance(code, int) else None
+        """The server's exit code, ``None`` while it runs, and before it was started."""
+        return None if self._kept is None else self._kept.exit_code
 
-    def _tell_keeper(self, command: str) -> None:
-        assert self._keeper is not None
-        assert self._keeper.stdin is not None
-        if self._keeper.stdin.closed:  # which tells it to stop, too
-            return
-        try:
-            self._keeper.stdin.write(command + "\n")
-            self._keeper.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has already ended everything and gone
-
-    def _still_running(self) -> ServerError:
+    def _still_running(self, kept: KeptProcess) -> ServerError:
         pids = " ".join(str(process.pid) for process in self._processes())
         limit = f"{TERM_TIMEOUT_S + _KEEPER_GRACE_S:.0f} s"
         return ServerError(
             f"the server of layout {self.spec.layout} must be gone {limit} after it was asked to end, and is not\n"
             f"  its processes: {pids or 'only its keeper'}\n"
-            f"  end them: kill -9 {pids} {self._keeper.pid if self._keeper else ''}".rstrip(),
+            f"  end them: kill -9 {pids} {kept.keeper_pid}",
             command=self.command,
         )
 
@@ -405,7 +485,7 @@ class VllmServer:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         tail = [line for line in lines if line.strip()][-_TAIL_LINES:]
         cause = error_cause(lines) or otherwise or "the log does not say"
-        ending = "" if code is None else f" ({_describe_exit(code)})"
+        ending = "" if code is None else f" ({describe_exit(code)})"
         message = "\n".join(
             [
                 f"{headline}{ending}",
@@ -475,6 +555,8 @@ def server_environment(
     if spec.platform == "cpu":
         environment["VLLM_TARGET_DEVICE"] = "cpu"
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "1", BIND_VARIABLE: binding_of(spec.devices)}
+        if "|" in environment.get(BIND_VARIABLE, ""):  # the caller's lists, of which these ranks may have some only
+            environment[BIND_VARIABLE] = binding_of(spec.devices)
     else:
         environment |= {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -485,28 +567,6 @@ def server_environment(
     # The caller's variables stay first: setproctitle finds a process's title by walking back from the first variable,
     # and gives up when that one was set again, as torch does with TORCHINDUCTOR_CACHE_DIR. No title, no rank proved.
     return environment | {name: value for name, value in defaults.items() if name not in environment}
-
-
-def rank_pids(layout: Layout, titles: Mapping[int, str]) -> dict[int, int]:
-    """Find the process of each rank by the titles that vLLM gives its workers.
-
-    ``VLLM::Worker_DP0_PP1_TP0_EP0`` (``vllm/v1/executor/multiproc_executor.py``); sizes of 1 are left out. A server
-    with one rank has ``VLLM::Worker``, or computes in ``VLLM::EngineCore`` itself.
-
-    With several ranks a worker without coordinates is one that has not got its title yet.
-
-    :param titles: process id -> title. :returns: rank -> process id, for the ranks that were found.
-    """
-    found: dict[int, int] = {}
-    for pid, title in titles.items():
-        match = _WORKER_TITLE.match(title)
-        if match and (match["coordinates"] or layout.ranks == 1):
-            at = dict(re.findall(r"_([A-Z]+)(\d+)", match["coordinates"]))
-            dp, pp, pcp, tp = (int(at.get(name, 0)) for name in ("DP", "PP", "PCP", "TP"))
-            found[((dp * layout.pp + pp) * layout.pcp + pcp) * layout.tp + tp] = pid
-    if layout.ranks == 1 and not found:
-        found.update((0, pid) for pid, title in titles.items() if title.startswith("VLLM::EngineCore"))
-    return found
 
 
 def _system_fingerprint(response: requests.Response) -> str:
@@ -545,14 +605,8 @@ def _command(spec: ServerSpec, endpoint: Endpoint, binding: Binding, measuring: 
     return [*command, *measuring, *spec.arguments]
 
 
-def _lock_names(spec: ServerSpec) -> list[str]:
-    """One lock per GPU; all cores together are one device, since ranks, front end and client share them."""
-    if spec.platform == "cpu":
-        return ["cpu"]
-    return [device.uuid or f"gpu-{device.index}" for device in spec.devices]
-
-
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -574,13 +628,17 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+def _parents(processes: Sequence[psutil.Process]) -> dict[int, int]:
+    found = {}
+    for process in processes:
+        with suppress(psutil.Error):
+            found[process.pid] = process.ppid()
+    return found
+
+
 def _tail(path: Path, lines: int) -> list[str]:
     """The last lines that hold text; reads the end of the file only, since this is asked several times a second."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         text = file.read().decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()][-lines:]
-
-
-def _describe_exit(code: int) -> str:
-    return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"

@@ -62,9 +62,9 @@ def test_too_few_gpus_fail_and_are_never_skipped(run: Run) -> None:
     result = run(FakeMachine(), "--gpu-layout=tp2", "--gpu-model=org/model")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "layout tp2 needs 2 GPUs, found 1" in result.stdout
-    assert "4 failed" in result.stdout
+    assert "5 failed" in result.stdout
     assert "skipped" not in result.stdout
-    assert result.stdout.count("(told in full by") == 3
+    assert result.stdout.count("(told in full by") == 4
 
 
 def test_header_names_devices_link_and_driver(run: Run) -> None:
@@ -80,4 +80,4 @@ def test_links_worse_than_required_fail_before_a_server_starts(run: Run) -> None
     assert result.returncode == pytest.ExitCode.TESTS_FAILED
     assert "links of class nvlink or better are required between GPUs that communicate" in result.stdout
     assert "SYS" in result.stdout
-    assert "4 failed" in result.stdout
+    assert "5 failed" in result.stdout

@@ -126,7 +126,7 @@ def test_layout_asked_for_at_run_time_is_refused(suite: Suite) -> None:
     assert suite.events == []
 
 
-@pytest.mark.parametrize("layout", ["pp2", "dp2tp2ep", "tp1x2", "tp2@2"])
+@pytest.mark.parametrize("layout", ["tp2x2@2", "tp4pcp2dcp4"])
 def test_layout_that_is_read_but_not_started(suite: Suite, layout: str) -> None:
     suite.write(test_it="def test_it(vllm_server): pass")
 

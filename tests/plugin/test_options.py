@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gpulayout.options import OPTIONS
+from tests.support.running_vllm import RunningVllm
 from tests.support.suite import Suite
 
 ONE_TEST = "def test_it(gpu_session): print('settings', gpu_session.settings)"
@@ -20,6 +21,10 @@ INI_VALUES = {
     "link": ("nv4", "link=LinkRequirement(text='nv4'*"),
     "devices": ("1, 0", "devices=('1', '0')*"),
     "topology": ("topology.txt", "topology_file=PosixPath('/*/topology.txt')*"),
+    "nodes": ("a, b", "nodes=NodeChoice(names=('a', 'b')*"),
+    "node-command": ("docker exec {node}", "nodes=NodeChoice(*command=('docker', 'exec', '{node}')*"),
+    "node-python": ("/opt/python", "nodes=NodeChoice(*python='/opt/python'*"),
+    "master-addr": ("192.0.2.1", "nodes=NodeChoice(*master_addr='192.0.2.1'*"),
     "transport": ("p2p", "*families=frozenset({<TransportFamily.P2P: 'P2P'>})*"),
     "workload": ("smoke", "workload=Workload(name='smoke'*"),
     "baseline": ("off", "baseline_mode='off'*"),
@@ -29,8 +34,11 @@ INI_VALUES = {
     "base": (sys.executable, f"base=BaseChoice(name='{sys.executable}', python='{sys.executable}'*"),
     "base-vllm-args": ("--seed 'a b'", "base=BaseChoice(name=*vllm_args=('--seed', 'a b')*"),
     "starts": ("5", "starts=5*"),
+    "server-url": ("URL", "attach=AttachChoice(url='http://127.0.0.1:*', nccl_logs='')*"),
+    "nccl-log": ("logs/nccl.*", "attach=AttachChoice(url='http://*', nccl_logs='/*/logs/nccl.[*]')*"),
     "budget": ("12.5", "budget_s=12.5*"),
     "inconclusive": ("fail", "inconclusive='fail'*"),
+    "hour-cost": ("2.5", "hour_cost_usd=2.5*"),
     "results": ("out/results.json", "results_file=PosixPath('/*/out/results.json')*"),
     "start-timeout": ("30", "start_timeout_s=30.0*"),
     "wait": ("600", "wait_s=600.0)*"),
@@ -48,9 +56,11 @@ def test_ini_key_is_the_option_s_default(suite: Suite, name: str) -> None:
     suite.write(test_it=ONE_TEST)
     Path("topology.txt").write_text("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-3\t0\n")
     layout = [] if name == "layout" else ["gpulayout_layout = tp1"]
-    suite.ini(*layout, f"gpulayout_{name.replace('-', '_')} = {value}")
+    with RunningVllm() as vllm:
+        server = [f"gpulayout_server_url = {vllm.url}"] if name == "nccl-log" else []
+        suite.ini(*layout, *server, f"gpulayout_{name.replace('-', '_')} = {value.replace('URL', vllm.url)}")
 
-    result = suite.run("-s", "--strict-config", "--strict-markers")
+        result = suite.run("-s", "--strict-config", "--strict-markers")
 
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines([f"*settings Settings(*{shown}"])
@@ -78,6 +88,8 @@ def test_option_beats_ini_key(suite: Suite) -> None:
         ("budget", "-1", "a number above 0 was expected, found '-1'"),
         ("budget", "inf", "a number above 0 was expected, found 'inf'"),
         ("start-timeout", "soon", "a number above 0 was expected, found 'soon'"),
+        ("hour-cost", "0", "a number above 0 was expected, found '0'"),
+        ("hour-cost", "1,50", "a number above 0 was expected, found '1,50'"),
         ("wait", "-1", "a number not below 0 was expected, found '-1'"),
         ("wait", "long", "a number not below 0 was expected, found 'long'"),
         ("vllm-args", "--port 80", "--port is set by pytest-gpulayout; use nothing: a free port is chosen"),

@@ -76,6 +76,7 @@ def test_results_follow_their_schema(suite: Suite, arguments: tuple[str, ...]) -
     assert validate(document, "results") == []
     kinds = sorted((record["kind"], record["layout"]) for record in document["records"])
     assert kinds == [
+        ("comparison", "tp1, tp2"),
         *[("performance", "tp1"), ("performance", "tp2"), ("processes", "tp1"), ("processes", "tp2")],
         *[("server", "tp1"), ("server", "tp2")],
         *[("topology", "tp1"), ("topology", "tp2"), ("transport", "tp1"), ("transport", "tp2")],
@@ -155,8 +156,8 @@ def test_built_in_gate_needs_no_test_file(suite: Suite) -> None:
 
     result = suite.run(*arguments, "-p", "fakes", "--gpu-baseline=new")
     assert result.ret == 0
-    result.assert_outcomes(passed=6)
-    result.stdout.fnmatch_lines(["*6 passed, 2 baseline recorded*"])
+    result.assert_outcomes(passed=6, skipped=1)
+    result.stdout.fnmatch_lines(["*6 passed, 1 skipped, 3 baseline recorded*"])
     suite.settle()
 
-    suite.run(*arguments, "-p", "fakes").assert_outcomes(passed=8)
+    suite.run(*arguments, "-p", "fakes").assert_outcomes(passed=9, skipped=1)

@@ -83,3 +83,9 @@ def make_gate(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cal
         return Gate(tmp_path_factory.mktemp("gate"), model)
 
     return make
+
+
+def one_core_each() -> str:
+    """``VLLM_CPU_OMP_THREADS_BIND`` for two ranks, on one host or on two."""
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    return f"{first}|{second}"

@@ -53,7 +53,9 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def measured(server: Server, **fields: Any) -> tuple[RunTrace, Workload]:
     base = {"name": "w", "input_tokens": 64, "output_tokens": 16, "requests": 16, "batches": 1}
     workload = workload_from_mapping({key: value for key, value in {**base, **fields}.items() if value is not None})
-    observer = Observer(OpenAiStreamDriver(), watch_server=lambda *what: ServerWatch(*what, log=server.log))
+    assert server.log is not None
+    logs = [server.log]
+    observer = Observer(OpenAiStreamDriver(), watch_server=lambda *what: ServerWatch(*what, logs=logs))
     run = observer.run(server.endpoint, workload, seed=1, progress=lambda _text: None, server=server)
     assert [trace.error for trace in run.failed] == []
     return run, workload

@@ -103,11 +103,12 @@ def segments_of(identity: str) -> list[str]:
 
 
 def main() -> None:
+    from pytest_gpulayout.adapters.replica_launcher import ReplicaLauncher
     from pytest_gpulayout.adapters.vllm_process import VllmLauncher
 
     layout, log_dir, timeout_s = sys.argv[1:]
     spec = server_spec(layout, platform="cuda", timeout_s=float(timeout_s), uuid=os.environ["TEST_MARKER"])
-    server = VllmLauncher(Path(log_dir)).launch(spec, lambda _: None)
+    server = ReplicaLauncher(VllmLauncher(Path(log_dir))).launch(spec, lambda _: None)
     sys.stdout.write(f"{server.endpoint.url}\n")
     sys.stdout.flush()
     sys.stdin.read()

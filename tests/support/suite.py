@@ -34,6 +34,9 @@ def pytest_gpulayout_topology_source(settings, layout):
 def pytest_gpulayout_server_launcher(settings, log_dir):
     return FakeServerLauncher(log_dir, on_event=note, {launcher})
 
+def pytest_gpulayout_collective_probe(settings, log_dir):
+    return FakeCollectiveProbe({probe})
+
 def pytest_gpulayout_load_driver(settings):
     return FakeLoadDriver({driver})
 """
@@ -59,9 +62,11 @@ class Suite:
         self.results = self.pytester.path / "results.json"
         self.fakes()
 
-    def fakes(self, *, topology: str = "", launcher: str = "", driver: str = "", more: str = "") -> None:
+    def fakes(
+        self, *, topology: str = "", launcher: str = "", driver: str = "", probe: str = "", more: str = ""
+    ) -> None:
         """Describe the fakes by their arguments. :param more: code to put behind them."""
-        text = CONFTEST.format(topology=topology, launcher=launcher, driver=driver)
+        text = CONFTEST.format(topology=topology, launcher=launcher, driver=driver, probe=probe)
         self.pytester.makeconftest(text + more)
 
     def write(self, **files: str) -> None:

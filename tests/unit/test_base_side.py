@@ -18,6 +18,7 @@ from pytest_gpulayout.adapters.base_side import (
     resolve_python,
     shared_vllm,
 )
+from pytest_gpulayout.adapters.running_server import Role, read_models, read_version
 from pytest_gpulayout.errors import MeasurementError, ServerStartFailed
 from pytest_gpulayout.ports import Endpoint
 from pytest_gpulayout.settings import BaseChoice, parse_base
@@ -191,13 +192,13 @@ def test_its_key_comes_from_the_environment_and_is_never_shown(monkeypatch: pyte
     ],
 )
 def test_versions_are_text_or_unknown(status: int, body: bytes, version: str | None) -> None:
-    assert base_side._version(status, body) == version
+    assert read_version(status, body) == version
 
 
 @pytest.mark.parametrize("body", [b"{}", b"<html>", b'{"data": []}', b'{"data": [{"name": "m"}]}', b"null"])
 def test_what_serves_no_model_is_no_base(body: bytes) -> None:
     with pytest.raises(MeasurementError, match=r"found HTTP 200 and no list of models\n  at http://h/v1/models\n"):
-        base_side._models("http://h", 200, body)
+        read_models("http://h", 200, body, Role("base", "KEY"))
 
 
 def test_nobody_there_is_told() -> None:

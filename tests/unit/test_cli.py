@@ -36,7 +36,7 @@ def write(name: str, text: str | bytes) -> str:
 # -- all of them -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["topo", "nccl", "measure", "compare", "baseline list", "baseline show"])
+@pytest.mark.parametrize("command", ["topo", "nccl", "plan", "measure", "compare", "baseline list", "baseline show"])
 def test_help_has_examples_and_exit_codes(run: Run, command: str) -> None:
     ran = run(*command.split(), "--help")
     assert ran.code == 0
@@ -49,7 +49,7 @@ def test_help_has_examples_and_exit_codes(run: Run, command: str) -> None:
     ("arguments", "told"),
     [
         ("", "the following arguments are required: COMMAND"),
-        ("plan", "invalid choice: 'plan'"),
+        ("plans", "invalid choice: 'plans'"),
         ("topo extra", "unrecognized arguments: extra"),
         ("topo --layout tp0", "layout: the number after 'tp' must be at least 1: 0\n  tp0\n    ^ column 3"),
         ("topo --require nvlink4", "link requirement: expected nothing after 'nvlink'"),

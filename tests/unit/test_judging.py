@@ -74,7 +74,7 @@ class Gate:
         verdict, self.measurement = judge_performance(measurement, self._inputs())
         return verdict
 
-    def _inputs(self) -> GateInputs:
+    def _inputs(self) -> GateInputs[Measurement]:
         policy = GatePolicy(self.mode, self.tolerances, self.prior, self.starts, self.budget_s, self.may_write)
         return GateInputs(
             self.store, policy, self._again, lambda: self.now, lambda: self.measured * self.seconds, self.said.append

@@ -188,12 +188,43 @@ def test_keeper_that_is_killed_takes_the_server_along(keep: Keep, marker: str, t
     keeping.lock.unlink()
 
 
-def test_lock_that_only_its_owner_may_remove_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_that_only_its_owner_may_remove_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    refused = []
+
     def refuse(path: str) -> None:
+        refused.append(path)
         raise PermissionError(path)
 
+    lock = tmp_path / "of-another-user.lock"
+    lock.touch()
     monkeypatch.setattr(os, "unlink", refuse)
-    keeper_script._unlink_lock("/tmp/of-another-user.lock")
+    keeper_script._remove_lock(str(lock))
+    assert refused == [str(lock)]
+
+
+def test_lock_that_somebody_else_holds_is_left_to_its_last_holder(keep: Keep) -> None:
+    keeping = keep(OBEDIENT)
+    with keeping.lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        keeping.answers("stop\n")
+        assert keeping.lock.exists()
+    keeper_script._remove_lock(str(keeping.lock))
+    assert not keeping.lock.exists()
+
+
+def test_lock_that_is_new_under_its_old_name_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "device.lock"
+    lock.touch()
+    take = fcntl.flock
+
+    def replace_and_take(file: int, operation: int) -> None:
+        lock.rename(tmp_path / "old")  # its last owner removed it, and the next one made it anew
+        lock.touch()
+        take(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replace_and_take)
+    keeper_script._remove_lock(str(lock))
+    assert lock.exists()
 
 
 # -- binding ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from pytest_gpulayout.layout import Layout, parse_layout
         ("ep_dp2", "dp2ep", Layout(dp=2, ep=True), 2),
         ("tp1ep", "tp1ep", Layout(ep=True), 1),
         ("tp4pcp2dcp2", "tp4pcp2dcp2", Layout(tp=4, pcp=2, dcp=2), 8),
+        ("tp2pcp2dcp4", "tp2pcp2dcp4", Layout(tp=2, pcp=2, dcp=4), 4),
         ("dcp2tp4", "tp4dcp2", Layout(tp=4, dcp=2), 4),
         ("tp2x2", "tp2x2", Layout(tp=2, replicas=2), 4),
         ("tp1x4", "tp1x4", Layout(replicas=4), 4),
@@ -85,6 +87,7 @@ FACTOR = "expected a factor (tpN, ppN, dpN, pcpN, dcpN) or ep, found"
         ("tp2@2x2", 6, "expected the end of the layout, found 'x'"),
         ("tp2x2pp2", 6, "expected the end of the layout, found 'p'"),
         ("tp3dcp2", 4, "dcp2 must divide tp3: decode context parallelism shares the GPUs of tp"),
+        ("tp3pcp2dcp4", 8, "dcp4 must divide tp3 * pcp2: decode context parallelism shares the GPUs of both"),
         ("dcp4tp2", 1, "dcp4 must divide tp2: decode context parallelism shares the GPUs of tp"),
         ("tp3@2", 4, "3 GPUs cannot be spread evenly over 2 nodes"),
     ],
@@ -161,13 +164,103 @@ def test_any_text_is_read_or_refused_inside_its_columns(text: str) -> None:
         ("dp2tp2pp2ep", "01 02 04 05 13 14 15 23 26 27 36 37 45 46 57 67"),
         ("tp2x2", "01 23"),
         ("pcp2", "01"),
-        ("tp2pcp2", "01 02 03 12 13 23"),
+        ("tp2pcp2", "01 02 13 23"),
+        ("tp2pcp2dcp4", "01 02 03 12 13 23"),
+        ("tp2pcp2ep", "01 02 03 12 13 23"),
+        ("tp4dcp2", "01 02 03 12 13 23"),
         ("tp2dcp2", "01"),
     ],
 )
 def test_pairs_that_communicate(text: str, pairs: str) -> None:
     found = [f"{a}{b}" for a, b in parse_layout(text).communicating_pairs()]
     assert found == pairs.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "dense", "moe"),
+    [
+        ("dp2", "", "01"),
+        ("dp2tp2", "01 23", "01 02 13 23"),
+        ("dp2pp2", "01 23", "01 02 13 23"),
+        ("dp2tp2x2", "01 23 45 67", "01 02 13 23 45 46 57 67"),
+        ("tp2", "01", "01"),
+    ],
+)
+def test_engines_talk_when_the_model_has_experts(text: str, dense: str, moe: str) -> None:
+    layout = parse_layout(text)
+    for expected, has_experts in ((dense, False), (moe, True)):
+        found = [f"{a}{b}" for a, b in layout.communicating_pairs(moe=has_experts)]
+        assert found == expected.split()
+
+
+def test_pairs_of_a_node() -> None:
+    layout = parse_layout("dp2tp2@2")
+    assert (layout.node_pairs(0), layout.node_pairs(1)) == (((0, 1),), ((0, 1),))
+    assert parse_layout("dp4@2").node_pairs(1, moe=True) == ((0, 1),)
+
+
+# -- groups, against vLLM's own arithmetic ---------------------------------------------------------------------------
+
+
+def groups_of_vllm(layout: Layout) -> dict[str, list[list[int]]]:
+    """``initialize_model_parallel`` of ``vllm/distributed/parallel_state.py`` (0.32), line by line, in numpy.
+
+    ``all_ranks.transpose(a, b)`` of torch is ``swapaxes(a, b)``, ``unbind(0)`` and ``tolist()`` are ``tolist()``. As
+    for a model with experts, there is one world of all engines.
+    """
+    dp, pp, pcp, tp, dcp = layout.dp, layout.pp, layout.pcp, layout.tp, layout.dcp
+    all_ranks = np.arange(layout.ranks).reshape(-1, dp, pp, pcp, tp)
+    groups = {"tp": all_ranks.reshape(-1, tp)}
+    dcp_ranks = all_ranks.swapaxes(-1, -2) if dcp > 1 else all_ranks
+    groups["dcp"] = dcp_ranks.reshape(-1, dcp)
+    groups["pcp"] = all_ranks.swapaxes(3, 4).reshape(-1, pcp)
+    groups["pp"] = all_ranks.swapaxes(2, 4).reshape(-1, pp)
+    groups["dp"] = all_ranks.swapaxes(1, 4).reshape(-1, dp)
+    groups["ep"] = all_ranks.swapaxes(1, 2).reshape(-1, dp * pcp * tp)
+    return {name: of_kind.tolist() for name, of_kind in groups.items()}
+
+
+@st.composite
+def native_layouts(draw: st.DrawFn) -> Layout:
+    tp, pcp = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    dcp = draw(st.sampled_from([size for size in range(1, tp * pcp + 1) if tp * pcp % size == 0]))
+    pp, dp, ep = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+    return Layout(tp=tp, pp=pp, dp=dp, pcp=pcp, dcp=dcp, ep=ep)
+
+
+@given(native_layouts(), st.booleans())
+def test_groups_are_those_that_vllm_makes(layout: Layout, moe: bool) -> None:
+    made = groups_of_vllm(layout)
+    if not layout.ep:
+        del made["ep"]
+        if not moe:
+            del made["dp"]  # every engine is a world of its own
+    wanted = {
+        name: {frozenset(ranks) for ranks in groups} for name, groups in made.items() if len(groups) < layout.ranks
+    }
+
+    found = layout.communication_groups(moe=moe)
+
+    assert {name: set(map(frozenset, groups)) for name, groups in found.items()}.items() <= wanted.items()
+    assert set(map(frozenset, wanted.values())) == {frozenset(map(frozenset, groups)) for groups in found.values()}
+
+
+@given(native_layouts())
+def test_places_are_those_of_vllms_titles(layout: Layout) -> None:
+    made = groups_of_vllm(layout)
+    for rank in range(layout.ranks):
+        rank_in_group = {
+            name.upper(): next(ranks.index(rank) for ranks in groups if rank in ranks)
+            for name, groups in made.items()
+        }
+        places = layout.places(rank)
+        assert places == rank_in_group
+        assert layout.rank_at(**{axis: places[axis.upper()] for axis in ("dp", "pp", "pcp", "tp")}) == rank
+
+
+def test_no_rank_outside_the_layout() -> None:
+    layout = parse_layout("dp2tp2")
+    assert [layout.rank_at(dp=2), layout.rank_at(tp=2), layout.rank_at(pp=1), layout.rank_at(tp=-1)] == [None] * 4
 
 
 @pytest.mark.parametrize(

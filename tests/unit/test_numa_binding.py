@@ -225,6 +225,16 @@ def test_workers_that_are_forked_cannot_be_bound(machine: pytest.MonkeyPatch, me
     assert bool(bind_server(spec, has_flag=True).arguments) is bound
 
 
+@pytest.mark.parametrize(("layout", "nodes"), [("dp2tp2", "0 0 1 1"), ("tp2pcp2", "0 0 1 1"), ("dp2pcp2", None)])
+def test_ranks_that_vllm_would_look_up_wrongly_are_not_bound_by_it(
+    machine: pytest.MonkeyPatch, layout: str, nodes: str | None
+) -> None:
+    """``_get_gpu_index`` of vllm/utils/numa_utils.py (0.32) counts tp * pp ranks per engine, without pcp."""
+    spec = replace(server_spec(layout, platform="cuda"), devices=(NEAR_FIRST, NEAR_FIRST, NEAR_SECOND, NEAR_SECOND))
+    arguments = () if nodes is None else ("--numa-bind", "--numa-bind-nodes", *nodes.split())
+    assert bind_server(spec, has_flag=True).arguments == arguments
+
+
 def test_server_on_cpus_has_a_binding_of_its_own(machine: pytest.MonkeyPatch) -> None:
     spec = replace(server_spec("tp1", platform="cpu"), devices=(NEAR_FIRST,))
     assert bind_server(spec, has_flag=True) == Binding(None, (), "")

@@ -136,6 +136,58 @@ def test_with_one_rank_the_engine_core_is_the_rank() -> None:
     ]
 
 
+@pytest.mark.parametrize("elsewhere", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("pid", "who"),
+    [
+        (100, "rank 0 (pid 100 VLLM::Worker) holds a context on {}, 500 MiB; its own is GPU 0 (GPU-0)"),
+        (98, "pid 98 VLLM::EngineCore holds a context on {} outside the layout, 500 MiB"),
+        (99, "pid 99 python -m vllm holds a context on {} outside the layout, 500 MiB"),
+    ],
+    ids=["rank", "engine", "front end"],
+)
+def test_tp1_on_a_machine_with_more_gpus_holds_no_context_elsewhere(elsewhere: int, pid: int, who: str) -> None:
+    ranks, titles = {0: 100}, {99: "python -m vllm", 98: "VLLM::EngineCore", 100: "VLLM::Worker"}
+
+    def judge_tp1(on: On) -> OccupancyReport:
+        return judge_occupancy(NOBODY, occupied(on), DEVICES[:1], ranks, titles)
+
+    alone = judge_tp1({0: [100]})
+    assert (alone.ok, alone.not_proved, alone.proved_by) == (True, (), "process list")
+    assert texts(judge_tp1({0: [100], elsewhere: [(pid, 500 * 2**20)]})) == [
+        who.format(f"GPU {elsewhere} (GPU-{elsewhere})")
+    ]
+
+
+def test_tp1_in_a_container_that_hides_process_ids_holds_no_context_elsewhere() -> None:
+    now = occupied({0: [9001], 3: [(9001, 500 * 2**20)]})
+
+    report = judge_occupancy(NOBODY, now, DEVICES[:1], {0: 100}, {100: "VLLM::Worker"})
+
+    assert report.proved_by == "new processes"
+    assert texts(report) == ["rank 0 (pid 9001) holds a context on GPU 3 (GPU-3), 500 MiB; its own is GPU 0 (GPU-0)"]
+
+
+def test_engines_and_their_coordinator_are_no_ranks() -> None:
+    devices = tuple(Device(index, uuid=f"GPU-{index}") for index in range(4))
+    titles = {1: "VLLM::DPCoordinator", 10: "VLLM::EngineCore_DP0", 20: "VLLM::EngineCore_DP1"}
+    titles |= {11: "VLLM::Worker_TP0", 12: "VLLM::Worker_TP1", 21: "VLLM::Worker_TP0", 22: "VLLM::Worker_TP1"}
+    ranks = {0: 11, 1: 12, 2: 21, 3: 22}
+
+    right = judge_occupancy(NOBODY, occupied({0: [11], 1: [12], 2: [21], 3: [22]}), devices, ranks, titles)
+    first_gpu = judge_occupancy(
+        NOBODY, occupied({0: [11, 21, 20], 1: [12], 2: [21], 3: [22]}), devices, ranks, titles
+    )
+
+    assert (right.ok, right.remarks) == (True, ())
+    assert texts(first_gpu) == [
+        "rank 2 (pid 21 VLLM::Worker_TP0) holds a context on GPU 0 (GPU-0), 1.0 GiB; its own is GPU 2 (GPU-2)"
+    ]
+    assert first_gpu.remarks == (
+        "pid 20 VLLM::EngineCore_DP1 is no rank and holds a context on GPU 0 (GPU-0), 1.0 GiB",
+    )
+
+
 def test_devices_in_another_order_than_indices() -> None:
     report = judge(occupied({2: [100], 1: [101]}), devices=(Device(2, uuid="GPU-2"), Device(1, uuid="GPU-1")))
 

@@ -131,7 +131,12 @@ def watch(
     """What is seen of a server while a load runs."""
     clock = Time()
     watch = ServerWatch(
-        Endpoint(vllm.url, "m", "the-key"), workload, log=log, replicas=replicas, clock=clock, sleep=clock.sleep
+        Endpoint(vllm.url, "m", "the-key"),
+        workload,
+        logs=[] if log is None else [log],
+        replicas=replicas,
+        clock=clock,
+        sleep=clock.sleep,
     )
     with watch:
         load()
@@ -297,7 +302,7 @@ def test_a_whole_run_is_counted_alike_by_client_and_server(tmp_path: Path, monke
     workload = Workload(name="w", input_tokens=12, output_tokens=5, concurrency=3, requests=9, batches=2)
     server = VllmLauncher(tmp_path).launch(server_spec("tp1"), lambda _: None)
     try:
-        observer = Observer(OpenAiStreamDriver(), watch_server=partial(ServerWatch, log=server.log))
+        observer = Observer(OpenAiStreamDriver(), watch_server=partial(ServerWatch, logs=[server.log]))
         run = observer.run(server.endpoint, workload, seed=1, progress=lambda _: None)
     finally:
         server.stop()

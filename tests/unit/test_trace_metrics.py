@@ -8,6 +8,7 @@ import pytest
 
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import (
+    COLLECTIVES,
     METRICS,
     OTHER_MEANINGS,
     TAIL_REQUESTS,
@@ -18,7 +19,7 @@ from pytest_gpulayout.metrics import (
 from pytest_gpulayout.trace import RequestTrace, RunTrace
 from tests.support.traces import FAST, MS, SLOW, failed, request, run_of
 
-CONDITIONAL = {"request_goodput", "median_ttft_intended_ms"}
+CONDITIONAL = {"request_goodput", "median_ttft_intended_ms", *COLLECTIVES}
 
 
 def test_latencies_of_one_request() -> None:
@@ -100,7 +101,7 @@ def test_an_empty_sample_is_an_error_and_never_zero(run: RunTrace, found: str) -
 
 def test_directions_and_units() -> None:
     rates = {name for name, metric in METRICS.items() if metric.higher_is_better}
-    assert rates == {"request_throughput", "output_throughput", "request_goodput"}
+    assert rates == {"request_throughput", "output_throughput", "request_goodput", "all_reduce_prefill_gb_per_s"}
     assert all(metric.unit == ("ms" if name.endswith("_ms") else metric.unit) for name, metric in METRICS.items())
     assert all(name == metric.name and metric.definition for name, metric in METRICS.items())
 

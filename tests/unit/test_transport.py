@@ -7,6 +7,7 @@ import pytest
 from pytest_gpulayout.errors import LayoutSyntaxError
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.nccl_log import NcclLog, merge, parse_nccl_log
+from pytest_gpulayout.report import transport_record
 from pytest_gpulayout.transport import (
     AllowedTransports,
     TransportFamily,
@@ -17,7 +18,7 @@ from pytest_gpulayout.transport import (
     parse_allowed,
 )
 from pytest_gpulayout.transport_cpu import judge_cpu
-from pytest_gpulayout.transport_nccl import judge_nccl
+from pytest_gpulayout.transport_nccl import ServerContext, judge_nccl
 from pytest_gpulayout.vllm_log import VllmLogFacts, parse_vllm_log
 
 
@@ -393,3 +394,144 @@ def test_cpu_layouts_without_a_shared_memory_group(layout: str, verdict: Transpo
 
     assert report.verdict == verdict
     assert report.findings[0].cause.startswith(cause)
+
+
+# Worker.init of CpuCommunicator (vllm/distributed/device_communicators/cpu_communicator.py, 0.32), in its ep group.
+ALL2ALL = parse_vllm_log(
+    ["(Worker pid=42) INFO 11-21 04:07:12 [cpu_communicator.py:69] Using allgather_reducescatter all2all manager."],
+    "server.log",
+)
+DP2TP2 = {rank: segments("0-1" if rank < 2 else "2-3", (0, 1), ident="e1" if rank < 2 else "e2") for rank in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "moe", "mapped", "transports"),
+    [
+        ("dp2", True, {}, {"CPU/GLOO": 2}),
+        ("dp2ep", True, {}, {"CPU/GLOO": 2}),
+        ("dp2tp2", True, DP2TP2, {"CPU/GLOO": 4, "CPU/SHM": 4}),
+        ("dp2tp2ep", True, DP2TP2, {"CPU/GLOO": 12, "CPU/SHM": 4}),
+        ("dp2tp2", False, DP2TP2, {"CPU/SHM": 4}),
+    ],
+)
+def test_cpu_engines_of_a_model_with_experts_talk_over_gloo(
+    layout: str, moe: bool, mapped: dict[int, list[str]], transports: dict[str, int]
+) -> None:
+    report = judge_cpu(parse_layout(layout), ALL2ALL, mapped, moe=moe)
+
+    assert (report.transports, report.gap) == (transports, None)
+    assert report.verdict == ("socket" if "CPU/GLOO" in transports else "ok")
+    if "CPU/GLOO" in transports:
+        assert forbidden(report, AllowedTransports())
+        assert forbidden(report, parse_allowed("cpu/gloo,cpu/shm")) == ()
+        assert (report.findings[0].file, report.findings[0].line) == ("server.log", 1)
+        assert "sends the tokens of experts over gloo's sockets" in report.findings[0].cause
+
+
+def test_cpu_engines_without_the_line_that_shows_their_group_are_not_proved() -> None:
+    report = judge_cpu(parse_layout("dp2tp2"), NOTHING_SAID, DP2TP2, moe=True)
+
+    assert (report.verdict, report.gap) == (
+        "no-evidence",
+        "ranks 0 and 2: no memory or socket was seen that they share",
+    )
+
+
+def test_cpu_socket_that_is_allowed_hides_no_group_without_proof() -> None:
+    for layout in ("dp2tp2", "dp2tp2ep"):  # there the ep group has all pairs, and shows nothing of the tp group
+        report = judge_cpu(parse_layout(layout), ALL2ALL, {0: DP2TP2[0], 1: DP2TP2[1]}, moe=True)
+
+        assert report.verdict == "socket"
+        assert report.gap == "group tp of ranks 2,3: no memory or socket was seen that they share"
+        assert not transport_record(layout, report, forbidden(report, parse_allowed("cpu/gloo,cpu/shm")))["ok"]
+
+
+# -- native factors on GPUs ------------------------------------------------------------------------------------------
+
+
+def communicator(*ranks: int, number: int = 0, transport: str = "P2P/CUMEM") -> list[NcclLog]:
+    """One communicator as PyNcclCommunicator makes it: every rank's init lines, then a ring of its own ranks."""
+    n, logs = len(ranks), []
+    for me, rank in enumerate(ranks):
+        comm = f"comm 0x55{number:02x}{rank:02x} rank {me}"
+        call = (
+            f"ncclCommInitRank {comm} nranks {n} cudaDev {rank} nvmlDev {rank} busId {rank + 1}000 commId 0x{number}a"
+        )
+        logs.append(
+            process(
+                100 + rank,
+                f"{call} - Init START",
+                f"{call} - Init COMPLETE",
+                channel(me, (me + 1) % n, transport),
+            )
+        )
+    return logs
+
+
+def all_of(*groups: tuple[int, ...]) -> list[NcclLog]:
+    return [log for number, ranks in enumerate(groups) for log in communicator(*ranks, number=number)]
+
+
+NATIVE = {
+    # groups in the order of initialize_model_parallel (vllm/distributed/parallel_state.py, 0.32)
+    "pp2": [(0, 1)],
+    "tp4dcp2": [(0, 1, 2, 3), (0, 1), (2, 3)],
+    "tp2dcp2": [(0, 1), (0, 1)],
+    "tp2pcp2": [(0, 1), (2, 3), (0, 2), (1, 3)],
+    "tp2pcp2dcp4": [(0, 1), (2, 3), (0, 2, 1, 3), (0, 2), (1, 3)],
+    "dp2 moe": [(0, 1), (0, 1)],
+    "dp2tp2 moe": [(0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3)],
+    "dp2tp2ep moe": [(0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3)],
+    "dp2tp2": [(0, 1), (2, 3)],
+}
+
+
+def judge_native(name: str, groups: list[tuple[int, ...]]) -> TransportReport:
+    text, _, word = name.partition(" ")
+    layout = parse_layout(text)
+    pids = {rank: 100 + rank for rank in range(layout.ranks)}
+    return judge_nccl(merge(all_of(*groups)), layout, ServerContext(rank_pids=pids, moe=word == "moe"))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_layout_is_proved_by_its_communicators(name: str) -> None:
+    report = judge_native(name, NATIVE[name])
+
+    assert (report.verdict, report.gap) == ("ok", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "names"),
+    [
+        ("tp4dcp2", (2, 3), "2,3 (dcp)"),
+        ("tp2pcp2", (1, 3), "1,3 (pcp)"),
+        ("tp2pcp2dcp4", (0, 2, 1, 3), "0,1,2,3 (dcp)"),
+        ("dp2tp2 moe", (0, 2), "0,2 (dp)"),
+        ("dp2tp2ep moe", (0, 1, 2, 3), "0,1,2,3 (ep)"),
+        ("dp2tp2", (2, 3), "2,3 (tp)"),
+    ],
+)
+def test_native_layout_without_one_of_its_communicators(name: str, missing: tuple[int, ...], names: str) -> None:
+    report = judge_native(name, [group for group in NATIVE[name] if group != missing])
+
+    assert report.verdict == "no-evidence"
+    assert report.gap == f"layout {name.split()[0]} connects ranks {names}, no channels connect all of them"
+
+
+def test_dense_engines_need_no_channels_between_them() -> None:
+    report = judge_native("dp2", [])
+
+    assert (report.verdict, report.summary()) == ("ok", "none needed")
+    assert judge_native("dp2 moe", []).verdict == "no-evidence"
+
+
+def test_socket_that_is_allowed_hides_no_group_without_proof() -> None:
+    logs = [*communicator(0, 1, transport="NET/Socket/0"), *communicator(2, 3, number=1)[:1]]
+    pids = {rank: 100 + rank for rank in range(4)}
+
+    report = judge_nccl(merge(logs), parse_layout("dp2tp2"), ServerContext(rank_pids=pids))
+
+    assert report.verdict == "socket"
+    assert report.gap == "layout dp2tp2 connects ranks 2,3 (tp), no channels connect all of them"
+    assert report.summary().endswith(" (incomplete)")
+    assert not transport_record("dp2tp2", report, ())["ok"]

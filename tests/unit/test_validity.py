@@ -408,6 +408,18 @@ def test_kernels_that_were_compiled() -> None:
     )
 
 
+@pytest.mark.parametrize(("first", "found"), [(18, []), (22, []), (23, ["uneven-shares"] * 2)])
+def test_replicas_that_carried_unlike_shares(first: int, found: list[str]) -> None:
+    urls = ("http://127.0.0.1:4001", "http://127.0.0.1:4002")
+    engines = tuple(
+        replace(engine(finished={"length": n}, prompt_tokens=8 * n, generation_tokens=TOKENS * n), replica=url)
+        for url, n in zip(urls, (first, 32 - first), strict=True)
+    )
+    trace = seen(server=ServerWindow(engines=engines, replicas=urls))
+    assert kinds(trace) == found
+    assert "uneven-shares" not in kinds(with_request(trace, error="HTTP 502: Bad Gateway"))
+
+
 SECONDS = tuple(n * 10**9 for n in range(1, 12))
 
 

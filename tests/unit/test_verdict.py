@@ -535,3 +535,16 @@ def test_advisory_change() -> None:
 )
 def test_changed_fields(stored: dict[str, object], now: dict[str, object], told: tuple[str, ...]) -> None:
     assert changed_fields(stored, now) == told
+
+
+def test_where_the_server_is_never_started_anew_what_is_required_holds_for_one_start() -> None:
+    level = ((100, 101, 99), (101, 102, 100), (99, 100, 98))
+    ours = judge(LATENCY, 103.0, prior=CUDA, level=level)
+    theirs = judge(LATENCY, 103.0, look=Look(1, 1, restarts=False), prior=CUDA, level=level)
+
+    assert (ours.status, ours.ci) == (Status.INCONCLUSIVE, theirs.ci)
+    assert theirs.status is ours.status
+    assert ours.requirement is not None
+    assert theirs.requirement is not None
+    assert theirs.requirement.starts in (None, 1)
+    assert theirs.requirement.smallest > ours.requirement.smallest

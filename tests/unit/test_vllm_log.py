@@ -308,7 +308,14 @@ HEADS = "Value error, Total number of attention heads (4) must be divisible by t
             "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
             id="dotted name",
         ),
-        pytest.param(raised("AssertionError"), "AssertionError", id="without a text"),
+        pytest.param(f"{TRACEBACK}\nAssertionError", "AssertionError", id="without a text"),
+        pytest.param(
+            f'{TRACEBACK}\n  File "/x/vllm/v1/worker/a.py", line 7, in run\n    f()\n'
+            '  File "/x/vllm/distributed/base.py", line 296, in all_gatherv\n    raise NotImplementedError\n'
+            "NotImplementedError",
+            "NotImplementedError in base.py:296, all_gatherv",
+            id="without a text, raised somewhere",
+        ),
         pytest.param(
             raised(
                 "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n"

@@ -22,7 +22,6 @@ from pytest_gpulayout.adapters.numa_binding import Binding
 from pytest_gpulayout.adapters.vllm_process import (
     VllmLauncher,
     VllmServer,
-    rank_pids,
     require_vllm,
     server_environment,
 )
@@ -99,6 +98,7 @@ def test_ready_means_that_the_layout_is_proved(launch: Launch) -> None:
         0: "VLLM::Worker_TP0",
         1: "VLLM::Worker_TP1",
     }
+    assert server.proof.start_s is not None
     assert 0 < server.proof.start_s < 20
     titles = sorted(title for title in server.pids().values() if title.startswith("VLLM::"))
     assert titles == ["VLLM::EngineCore", "VLLM::Worker_TP0", "VLLM::Worker_TP1"]
@@ -333,7 +333,7 @@ def test_server_that_cannot_be_made_frees_its_locks(
     def no_port() -> int:
         raise OSError("no port left")
 
-    monkeypatch.setattr(vllm_process, "_free_port", no_port)
+    monkeypatch.setattr(vllm_process, "free_port", no_port)
     with pytest.raises(OSError, match="no port left"):
         launch("tp1")
     assert os.listdir(temporary) == []
@@ -847,28 +847,3 @@ def test_environment_keeps_the_callers_first_variable_first(
 def test_a_model_in_a_folder_needs_no_network(environment: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     assert environment("cpu", str(tmp_path))["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in environment("cpu", "some/model")
-
-
-# -- titles ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("layout", "titles", "ranks"),
-    [
-        ("tp1", ["VLLM::Worker"], {0: 0}),
-        ("tp1", ["python -m vllm", "VLLM::EngineCore"], {0: 1}),
-        ("tp1", ["VLLM::EngineCore", "VLLM::Worker   "], {0: 1}),
-        ("tp2", ["VLLM::Worker_TP1", "VLLM::Worker_TP0", "VLLM::EngineCore"], {0: 1, 1: 0}),
-        ("tp2", ["VLLM::EngineCore"], {}),
-        ("pp2", ["VLLM::Worker_PP1", "VLLM::Worker_PP0"], {0: 1, 1: 0}),
-        ("tp2pp2", [f"VLLM::Worker_PP{pp}_TP{tp}" for pp in (0, 1) for tp in (0, 1)], {0: 0, 1: 1, 2: 2, 3: 3}),
-        ("dp2tp2ep", ["VLLM::Worker_DP1_TP0_EP2", "VLLM::Worker_DP0_TP1_EP1"], {2: 0, 1: 1}),
-        ("dp2tp1pp2ep", ["VLLM::Worker_DP0_PP1_TP0_EP0", "VLLM::Worker_DP1_PP1_TP0_EP1"], {1: 0, 3: 1}),
-        ("tp2pcp2", ["VLLM::Worker_PCP1_TP0", "VLLM::Worker_PCP0_TP1"], {2: 0, 1: 1}),
-        ("tp4dcp2", ["VLLM::Worker_TP3_DCP1"], {3: 0}),
-        ("tp2", ["VLLM::Worker_TP0", "VLLM::Worker", "python VLLM::Worker_TP1"], {0: 0}),
-        ("dp2", ["VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"], {}),
-    ],
-)
-def test_rank_pids(layout: str, titles: list[str], ranks: dict[int, int]) -> None:
-    assert rank_pids(parse_layout(layout), dict(enumerate(titles))) == ranks

@@ -22,6 +22,9 @@ class Behaviour:
     :param ttft_ms: before the first token. :param itl_ms: before each further one.
     :param contexts: UUIDs of the GPUs that a rank computes on, by its number, where it is not its own alone.
     :param nccl: the transport in NCCL's log; ``None`` for no log.
+    :param moe: the model has experts, also without expert parallelism: its data-parallel engines are one world.
+    :param dead_engine: the data-parallel engine that answers HTTP 500.
+    :param server_info: what ``/server_info`` says in place of its sizes; ``None`` as without development mode.
     """
 
     load_s: float = 0.0
@@ -38,6 +41,9 @@ class Behaviour:
     itl_ms: float = 1.0
     contexts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     nccl: str | None = "P2P/CUMEM"
+    moe: bool = False
+    dead_engine: int | None = None
+    server_info: Mapping[str, object] | None = None
 
     def fails(self, completion: int) -> bool:
         """Whether the engine dies in this completion; the first is number 1."""
@@ -49,13 +55,14 @@ class Behaviour:
         return bool(self.fail_every_nth_request) and completion % (self.fail_every_nth_request or 1) == 0
 
 
-def read_behaviour(tensor_parallel_size: int) -> Behaviour:
+def read_behaviour(layout: str, node_rank: int = 0) -> Behaviour:
     """Read ``FAKE_VLLM``; a misspelt switch is an error.
 
-    vLLM's fingerprint names the layout (``vllm/entrypoints/serve/utils/fingerprint.py``).
+    :param layout: as the fingerprint names it, ``-tp2-dp2``.
+    :param node_rank: of this host, whose own switches stand in ``{"nodes": {"1": {...}}}``.
     """
-    layout = f"-tp{tensor_parallel_size}" if tensor_parallel_size > 1 else ""
     told = {"fingerprint": f"vllm-0.32.0{layout}-abcdef12"} | json.loads(os.environ.get("FAKE_VLLM") or "{}")
+    told |= told.pop("nodes", {}).get(str(node_rank), {})
     if unknown := set(told) - {known.name for known in fields(Behaviour)}:
         raise SystemExit(f"FAKE_VLLM: unknown switches {sorted(unknown)}")
     return Behaviour(**told)

@@ -1,4 +1,4 @@
-"""The API server: ``python -m vllm.entrypoints.openai.api_server --model M --port P [--tensor-parallel-size N]``.
+"""The API server: ``python -m vllm.entrypoints.openai.api_server --model M --port P [--tensor-parallel-size N ...]``.
 
 Speaks HTTP/1.1 with kept connections: ``/health``, ``/version``, ``/metrics``, ``/v1/models``, ``/tokenize`` and
 ``/v1/completions``, streamed or not. As in vLLM, only paths below ``/v1`` ask for the key.
@@ -15,11 +15,12 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ...behaviour import Behaviour, read_behaviour
-from ...processes import Engine, say, start_engine, worker_name
+from ...processes import Engine, await_nodes, say, start_engines
+from ...sizes import Sizes, add_options, read_sizes
 
 _ROOT_CAUSE = "RuntimeError: Unsupported CPU attention configuration: head_dim=16 isa=2 kv_cache_idx=0"
 _ENGINE_DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
@@ -29,11 +30,13 @@ _DONE = b"data: [DONE]\n\n"
 class ApiServer:
     """Answers requests until a signal comes or the engine dies."""
 
-    def __init__(self, arguments: argparse.Namespace, behaviour: Behaviour, engine: Engine) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, sizes: Sizes, behaviour: Behaviour, engines: Sequence[Engine]
+    ) -> None:
         self._model: str = arguments.model
-        self._size: int = arguments.tensor_parallel_size
+        self._sizes = sizes
         self._behaviour = behaviour
-        self._engine = engine
+        self._engines = engines
         self._key = os.environ.get("VLLM_API_KEY")
         self._completions = 0
         self._running = 0
@@ -68,12 +71,14 @@ class ApiServer:
         if path.startswith("/v1") and self._key and headers.get("authorization") != f"Bearer {self._key}":
             _answer(writer, 401, {"error": "Unauthorized"})
         elif path == "/v1/completions":
-            await self._completion(writer, json.loads(body))
+            await self._completion(writer, json.loads(body), int(headers.get("x-data-parallel-rank", 0)))
         elif path == "/v1/models":
             _answer(writer, 200, {"object": "list", "data": [{"id": self._model, "object": "model"}]})
         elif path == "/tokenize":
             tokens = _tokenize(json.loads(body)["prompt"])
             _answer(writer, 200, {"count": len(tokens), "max_model_len": 2048, "tokens": tokens})
+        elif path.startswith("/server_info") and self._behaviour.server_info is not None:
+            _answer(writer, 200, self._server_info(self._behaviour.server_info))
         elif path in ("/health", "/version"):
             _answer(writer, 200, {"version": "0.32.0"} if path == "/version" else None)
         elif path == "/metrics":
@@ -81,7 +86,7 @@ class ApiServer:
         else:
             _answer(writer, 404, {"detail": "Not Found"})
 
-    async def _completion(self, writer: asyncio.StreamWriter, request: dict[str, Any]) -> None:
+    async def _completion(self, writer: asyncio.StreamWriter, request: dict[str, Any], engine: int) -> None:
         self._completions += 1
         number = self._completions
         if request["model"] != self._model:
@@ -89,7 +94,7 @@ class ApiServer:
         elif self._behaviour.fails(number):
             _answer(writer, 500, _error(500, _ENGINE_DEAD))
             self._die()
-        elif self._behaviour.refuses(number):
+        elif self._behaviour.refuses(number) or engine == self._behaviour.dead_engine:
             _answer(writer, 500, _error(500, f"request {number} failed"))
         elif request.get("stream"):
             await self._stream(writer, request)
@@ -136,6 +141,22 @@ class ApiServer:
         lines.append(f"vllm:request_success_total{{{finished}}} {float(self._counters['request_success'])}")
         return "".join(f"{line}\n" for line in lines)
 
+    def _server_info(self, other: Mapping[str, object]) -> dict[str, Any]:
+        """As in ``vllm/entrypoints/serve/dev/server_info``, ``ParallelConfig`` only. :param other: than its sizes."""
+        sizes = self._sizes
+        config = {
+            "tensor_parallel_size": sizes.tp,
+            "pipeline_parallel_size": sizes.pp,
+            "data_parallel_size": sizes.dp,
+            "prefill_context_parallel_size": sizes.pcp,
+            "decode_context_parallel_size": sizes.dcp,
+            "enable_expert_parallel": sizes.ep,
+            "is_moe_model": sizes.moe,
+            "distributed_executor_backend": "mp",
+            "all2all_backend": "allgather_reducescatter",
+        }
+        return {"vllm_config": {"parallel_config": {**config, **other}}, "vllm_env": {}, "system_env": {}}
+
     def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         event: dict[str, Any] = {"id": f"cmpl-{self._completions}", "object": "text_completion"}
         event |= {"created": int(time.time()), "model": self._model, "choices": choices}
@@ -144,12 +165,12 @@ class ApiServer:
 
     def _die(self) -> None:
         """As with a model that the CPU build cannot compute: the root cause stands in the worker's traceback."""
-        rank, pid = next(iter(self._engine.worker_pids.items()))
-        worker = worker_name(rank, self._size)
+        engine = self._engines[0]
+        worker, pid = self._sizes.worker_title(0, 0), next(iter(engine.worker_pids.values()))
         _say_traceback(worker, "multiproc_executor.py:1063", "WorkerProc hit an exception.", _ROOT_CAUSE, pid)
         wrapped = f"RuntimeError: Worker failed with error '{_ROOT_CAUSE}', please check the stack trace above"
         headline = "EngineCore encountered a fatal error."
-        _say_traceback("EngineCore", "core.py:1512", headline, wrapped, self._engine.pid)
+        _say_traceback(self._sizes.engine_title(0), "core.py:1512", headline, wrapped, engine.pid)
         dead = f"vllm.v1.engine.exceptions.EngineDeadError: {_ENGINE_DEAD}"
         _say_traceback("APIServer", "async_llm.py:906", "AsyncLLM output_handler failed.", dead, os.getpid())
         self._ended.set()
@@ -202,14 +223,18 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True)
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    add_options(parser)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--master-addr", default="127.0.0.1")
+    parser.add_argument("--master-port", type=int, default=29501)
     return parser.parse_known_args()[0]
 
 
 def main() -> None:
     """Load, serve, end; vLLM ends with exit code 0 also when its engine has died."""
     arguments = _parse_arguments()
-    behaviour = read_behaviour(arguments.tensor_parallel_size)
+    behaviour = read_behaviour(read_sizes(arguments, moe=False).fingerprint)
+    sizes = read_sizes(arguments, moe=behaviour.moe)
     say("APIServer", "api_utils.py:347", f" ▄▄ ▄█ █     █     █ ▀▄▀ █  version 0.32.0\n model {arguments.model}")
     if (ending := behaviour.exit_at_start) is not None:
         lines: Any = ending.get("log", ["OSError: [Errno 98] Address already in use"])
@@ -217,13 +242,17 @@ def main() -> None:
         raise SystemExit(ending.get("code", 1))
     if behaviour.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    engine = start_engine(arguments.model, arguments.tensor_parallel_size, behaviour)
+    meeting = f"{arguments.master_addr}:{arguments.master_port}" if arguments.nnodes > 1 else ""
+    engines = start_engines(arguments.model, sizes, behaviour, nodes=arguments.nnodes, meeting=meeting)
+    await_nodes(arguments.master_addr, arguments.master_port, arguments.nnodes - 1)
     while behaviour.hang_at_start:
         signal.pause()
     time.sleep(behaviour.load_s)
-    asyncio.run(ApiServer(arguments, behaviour, engine).serve(arguments.host, arguments.port))
-    engine.end(signal.SIGTERM)
-    os.waitpid(engine.pid, 0)
+    asyncio.run(ApiServer(arguments, sizes, behaviour, engines).serve(arguments.host, arguments.port))
+    for engine in engines:
+        engine.end(signal.SIGTERM)
+    for engine in engines:
+        os.waitpid(engine.pid, 0)
 
 
 if __name__ == "__main__":
