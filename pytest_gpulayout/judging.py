@@ -131,7 +131,7 @@ def _judge(measurement: M, inputs: GateInputs[M]) -> tuple[Verdict, M]:
     return _record(measurement, inputs)
 
 
-def _not_judged(measurement: Measurement) -> Verdict:
+def _not_judged(measurement: Judgeable) -> Verdict:
     reasons = ("not judged: --gpu-baseline=off",)
     return Verdict(Status.NO_BASELINE, reasons=reasons, advisory=advisory_changes(measurement, None))
 

@@ -35,7 +35,7 @@ _MARKERS = (
     'gpu_layout(*specs, link=None): run for these layouts only, such as "tp2"; link is the worst link class allowed',
     'gpu_model(id, **vllm_args): serve this model, e.g. gpu_model("org/name", max_model_len=4096)',
     "gpu_workload(name_or_dict): measure this workload, a name or a dict with requests, concurrency, ...",
-    'gpu_better_than(other, metric, factor=1): fail unless what the test measured is more than factor times as good '
+    "gpu_better_than(other, metric, factor=1): fail unless what the test measured is more than factor times as good "
     'as the same of another layout of this run, e.g. gpu_better_than("tp1", "request_throughput", 1.5)',
 )
 
@@ -141,9 +141,7 @@ def gpu_topology(
 
 
 @pytest.fixture
-def gpu_probe_plan(
-    gpu_session: GpuSession, gpu_model: ModelSpec | None, gpu_vllm_args: tuple[str, ...]
-) -> ProbePlan:
+def gpu_probe_plan(gpu_session: GpuSession, gpu_model: ModelSpec | None, gpu_vllm_args: tuple[str, ...]) -> ProbePlan:
     """What ``collective_probe`` sends: messages of the model's size. Override it to choose by code."""
     return gpu_session.probing.plan(gpu_model, gpu_vllm_args)
 
@@ -226,9 +224,7 @@ def measure(
 
     def measure(workload: Workload | str | Mapping[str, object] | None = None) -> Measurement:
         wanted = gpu_workload if workload is None else as_workload(workload, gpu_session.settings.workloads)
-        return gpu_session.measure(
-            request.node, vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted
-        )
+        return gpu_session.measure(request.node, vllm_server.server, gpu_topology, gpu_model, gpu_vllm_args, wanted)
 
     return measure
 

@@ -2,8 +2,8 @@
 
 Titles (vLLM 0.32), all of them behind ``VLLM::``:
 
-- ``Worker_DP0_PP1_PCP0_TP0_DCP0_EP0``: sizes of 1 are left out, ``EP`` is there with expert parallelism only. A worker
-  is ``Worker`` until its groups are made (``vllm/v1/executor/multiproc_executor.py``,
+- ``Worker_DP0_PP1_PCP0_TP0_DCP0_EP0``: sizes of 1 are left out, ``EP`` is there with expert parallelism only. A
+  worker is ``Worker`` until its groups are made (``vllm/v1/executor/multiproc_executor.py``,
   ``setup_proc_title_and_log_prefix``).
 - ``EngineCore``, or with data parallelism ``EngineCore_DP0`` (``vllm/v1/engine/core.py``, ``run_engine_core``). An
   engine of a dense model takes itself for the only one afterwards, so its workers do not name ``DP``: they are told

@@ -540,9 +540,7 @@ def _nccl_lines(layout: Layout, rank: int, pid: int, transport: str) -> Iterator
             yield from _communicator_lines(head, number, ranks, rank, transport)
 
 
-def _communicator_lines(
-    head: str, number: int, ranks: tuple[int, ...], rank: int, transport: str
-) -> Iterator[str]:
+def _communicator_lines(head: str, number: int, ranks: tuple[int, ...], rank: int, transport: str) -> Iterator[str]:
     """What a rank logs of one communicator. :param number: that tells it from the others of this server."""
     me, nranks = ranks.index(rank), len(ranks)
     comm = f"comm 0x55d0c0de{number:02x}{rank:02x} rank {me}"

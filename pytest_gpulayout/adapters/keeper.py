@@ -211,7 +211,7 @@ def _die_with_keeper() -> None:
 
 
 def _remove_lock(path: str) -> None:
-    """Unlink a lock file that nobody holds any more: pytest may, and the keepers of other servers on these devices."""
+    """Unlink a lock file that nobody holds any more: pytest may, and keepers of other servers on these devices."""
     try:
         file = os.open(path, os.O_RDWR)
     except (FileNotFoundError, PermissionError):

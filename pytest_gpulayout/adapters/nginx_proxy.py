@@ -232,7 +232,7 @@ class NginxProxy:
             time.sleep(_POLL_S)
 
     def _take_priority(self) -> str:
-        """Let it run before all ordinary processes, where that is allowed, as the load client does; return the policy."""
+        """Let it run before all ordinary processes, where that is allowed; return the policy."""
         lowest = os.sched_param(os.sched_get_priority_min(os.SCHED_FIFO))
         try:
             for process in self._kept.processes():

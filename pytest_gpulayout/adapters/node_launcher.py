@@ -51,7 +51,7 @@ class NodeLauncher:
             return self._launcher.launch(spec, progress)
         if spec.python != sys.executable:
             raise ServerStartFailed(
-                f"one Python on all nodes is required for layout {spec.layout}, found another to start: {spec.python}\n"
+                f"one Python on all nodes is required for {spec.layout}, found another to start: {spec.python}\n"
                 "  in --gpu-base\n"
                 "  compare arguments (--gpu-base-vllm-args), or run once for each Python: --gpu-node-python=PATH"
             )

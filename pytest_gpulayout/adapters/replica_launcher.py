@@ -36,7 +36,7 @@ from pytest_gpulayout.adapters.vllm_process import (
 from pytest_gpulayout.errors import ServerError, ServerStartFailed
 from pytest_gpulayout.occupancy import OccupancyReport
 from pytest_gpulayout.ports import Endpoint, Progress, ServerSpec
-from pytest_gpulayout.replicas import Value, join_ranks, split_ranks, split_spec
+from pytest_gpulayout.replicas import Value, join_ranks, split_spec
 from pytest_gpulayout.surroundings import Surroundings
 
 _LOADING_FACTOR = 2

@@ -20,7 +20,7 @@ def test_links(gpu_topology: PlacedLayout) -> None:
 def test_collectives(
     collective_probe: CollectiveMeasurement, collective_gate: Callable[[CollectiveMeasurement], Verdict]
 ) -> None:
-    """Before a server starts: an all-reduce is as fast as the stored baseline, and as the links are published to be."""
+    """Before a server starts: an all-reduce is as fast as stored, and as the links are published to be."""
     collective_gate(collective_probe)
 
 

@@ -1,4 +1,4 @@
-"""Real vLLM, CPU build, over the nodes of a real Ray cluster: vLLM's Ray executor refuses CPUs, its native way does not."""
+"""Real vLLM, CPU build, over the nodes of a real Ray cluster: its Ray executor refuses CPUs, its native way not."""
 
 from __future__ import annotations
 

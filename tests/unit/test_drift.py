@@ -110,7 +110,9 @@ def judge(measurement: Measurement, store: InMemoryBaselines, mode: str = "check
     tolerances = parse_tolerances("median_tpot_ms=15%,median_ttft_ms=15%,request_throughput=15%")
     policy = GatePolicy(mode, tolerances, NoisePrior(0.01, 0.01), starts=1)  # type: ignore[arg-type]
     said: list[str] = []
-    inputs = GateInputs(store, policy, lambda m: m, lambda: "2026-11-21T08:00:00Z", lambda: 1.0, said.append)
+    inputs: GateInputs[Measurement] = GateInputs(
+        store, policy, lambda m: m, lambda: "2026-11-21T08:00:00Z", lambda: 1.0, said.append
+    )
     return judge_performance(measurement, inputs)[0]
 
 

@@ -472,7 +472,7 @@ def all_of(*groups: tuple[int, ...]) -> list[NcclLog]:
     return [log for number, ranks in enumerate(groups) for log in communicator(*ranks, number=number)]
 
 
-NATIVE = {
+NATIVE: dict[str, list[tuple[int, ...]]] = {
     # groups in the order of initialize_model_parallel (vllm/distributed/parallel_state.py, 0.32)
     "pp2": [(0, 1)],
     "tp4dcp2": [(0, 1, 2, 3), (0, 1), (2, 3)],

@@ -26,7 +26,6 @@ from pytest_gpulayout.adapters.vllm_process import (
     server_environment,
 )
 from pytest_gpulayout.errors import DevicesBusy, ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
-from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.occupancy import GpuProcess, GpuUse, Occupancy
 from pytest_gpulayout.ports import Endpoint, Platform, ServerSpec
 from tests.support.processes import (

@@ -37,9 +37,7 @@ def main() -> None:
     text = f"Launching vLLM (v0.32.0) headless multiproc executor, with head node address {arguments.master_addr}"
     say("vllm", "serve.py:224", text)
     meeting = f"{arguments.master_addr}:{arguments.master_port}"
-    workers = start_workers(
-        sizes, behaviour, nodes=arguments.nnodes, node_rank=arguments.node_rank, meeting=meeting
-    )
+    workers = start_workers(sizes, behaviour, nodes=arguments.nnodes, node_rank=arguments.node_rank, meeting=meeting)
     join_nodes(arguments.master_addr, arguments.master_port)
     try:
         os.wait()
