@@ -77,7 +77,7 @@ OPTIONS = (
     Option(
         "node-python",
         "PATH",
-        "Python on the nodes that has pytest-gpulayout and vLLM (default: the path of the one that runs now)",
+        "the Python on the nodes that has pytest-gpulayout and vLLM (default: the path of the one that runs now)",
     ),
     Option(
         "master-addr",
