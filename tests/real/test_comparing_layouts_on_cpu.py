@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from statistics import median
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.real.conftest import Gate
+from tests.support.nginx import has_nginx
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
@@ -34,20 +34,15 @@ def test_too_much(measure, perf_gate):
     measure()
     perf_gate.better_than("tp1", "request_throughput", 100)
 """
-LAYOUTS = [
-    pytest.param("tp1,tp2", id="tp1,tp2"),
-    pytest.param(
-        "tp1,tp2,tp1x2",
-        id="with replicas",
-        marks=pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx: apt-get install nginx-light"),
-    ),
-]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module")
 def layouts(request: pytest.FixtureRequest) -> str:
-    asked: str = request.param
-    return asked
+    if has_nginx():
+        return "tp1,tp2,tp1x2"
+    if request.config.getoption("--require-vllm"):
+        pytest.fail("needs nginx: apt-get install nginx-light")
+    return "tp1,tp2"
 
 
 @pytest.fixture(scope="module")
