@@ -80,7 +80,8 @@ _ERRORS = (
 )
 # The agent's folder goes when nothing writes to it any more; the end of the agent is the end of this script's input.
 _JANITOR = """
-import os, shutil, sys, time
+import os, shutil, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 sys.stdin.read()
 for _ in range(120):
     shutil.rmtree(sys.argv[1], ignore_errors=True)
