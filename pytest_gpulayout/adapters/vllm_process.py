@@ -202,6 +202,7 @@ class VllmServer:
 
     :param options: those of :func:`require_vllm` that its vLLM has.
     :param api_key: what its requests must carry, ``None`` for a key of its own.
+    :param run_in: where its temporary folder is made, ``None`` for the usual place.
     :ivar binding: the CPUs and NUMA nodes that it is bound to, or why not, in words.
     """
 
@@ -215,6 +216,7 @@ class VllmServer:
         *,
         options: Collection[str] = (),
         api_key: str | None = None,
+        run_in: Path | None = None,
     ) -> None:
         self.spec = spec
         self._watch = watch
@@ -229,7 +231,7 @@ class VllmServer:
         self._kept: KeptProcess | None = None
         self._started_s = 0.0
         self._http = open_session(lambda: self.endpoint)
-        self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short_temporary_folder()))
+        self._run_dir = Path(tempfile.mkdtemp(prefix="gpulayout-", dir=_short(run_in or tempfile.gettempdir())))
         guard = _install_guard(self._run_dir) if guarded else None
         environment = server_environment(spec, self.endpoint, self._run_dir, self._nccl_dir, guard)
         self._environment = environment
@@ -612,9 +614,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _short_temporary_folder() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(folder) <= _LONGEST_SOCKET_FOLDER else "/tmp"
+def _short(folder: Path | str) -> str:
+    """This folder, or one whose name leaves room for that of a socket."""
+    return str(folder) if len(str(folder)) <= _LONGEST_SOCKET_FOLDER else "/tmp"
 
 
 def _inductor_cache() -> str:
