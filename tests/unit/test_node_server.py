@@ -128,8 +128,9 @@ def test_server_is_proved_node_by_node(launch: Launch, fleet: NodeFleet) -> None
     assert sorted(server.proof.rank_pids) == [0, 1]
     assert server.endpoint.url.startswith("http://127.0.0.1:")
     assert str(server.endpoint.api_key) not in head + follower
-    assert "Starting vLLM server" in server.log.read_text()
-    assert "headless multiproc executor" in server.log.with_name("node-1.log").read_text()
+    of_follower = server.log.with_name("node-1.log")  # logs come over with the next poll
+    wait_until(lambda: "Starting vLLM server" in server.log.read_text(), "the head's log")
+    wait_until(lambda: "headless multiproc executor" in of_follower.read_text(), "the follower's log")
     assert server.parts() == (server,)
     assert server.gpu_processes() is None
 

@@ -8,9 +8,9 @@ import pytest
 
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.metrics import (
-    COLLECTIVES,
     METRICS,
     OTHER_MEANINGS,
+    SERVING,
     TAIL_REQUESTS,
     batch_metrics,
     count_good,
@@ -19,7 +19,7 @@ from pytest_gpulayout.metrics import (
 from pytest_gpulayout.trace import RequestTrace, RunTrace
 from tests.support.traces import FAST, MS, SLOW, failed, request, run_of
 
-CONDITIONAL = {"request_goodput", "median_ttft_intended_ms", *COLLECTIVES}
+CONDITIONAL = {"request_goodput", "median_ttft_intended_ms"}
 
 
 def test_latencies_of_one_request() -> None:
@@ -65,7 +65,7 @@ def test_metrics_of_a_batch() -> None:
             "p99_e2el_ms": 397.3,
         }
     )
-    assert set(metrics) == set(METRICS) - CONDITIONAL
+    assert set(metrics) == set(SERVING) - CONDITIONAL
 
 
 def test_every_batch_is_a_sample_of_its_own_and_failed_requests_are_in_none() -> None:
@@ -76,8 +76,8 @@ def test_every_batch_is_a_sample_of_its_own_and_failed_requests_are_in_none() ->
 
 def test_answers_of_one_token_have_no_tpot_and_no_itl() -> None:
     run = run_of((request(0, 1000, 1100, output_tokens=1),))
-    missing = set(METRICS) - CONDITIONAL - set(batch_metrics(run)[0])
-    assert missing == {name for name in METRICS if "tpot" in name or "itl" in name}
+    missing = set(SERVING) - CONDITIONAL - set(batch_metrics(run)[0])
+    assert missing == {name for name in SERVING if "tpot" in name or "itl" in name}
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_tail_needs_as_many_requests_as_leave_one_percent_of_doubt(percentile:
 
 def test_definitions_name_every_metric_and_every_word() -> None:
     lines = definitions_text()
-    assert [line.split()[0] for line in lines[: len(METRICS)]] == list(METRICS)
+    assert [line.split()[0] for line in lines[: len(SERVING)]] == list(SERVING)
     assert set(OTHER_MEANINGS) <= set(lines)
     assert "  GuideLLM: E2EL / tokens, so TTFT is in it" in lines
 
