@@ -8,6 +8,7 @@ follows to :mod:`~pytest_gpulayout.validity`.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -30,6 +31,8 @@ LONG_ANSWER_S = 10.0
 """Assumed of open arrivals, whose number in flight nobody knows before."""
 CORES_FOR_CLIENT = 2
 """One for the load loop and one for whatever else runs here: on a single core it would only be more in the way."""
+
+_END_IS_KNOWN_S = 1.0
 
 
 class Observer:
@@ -71,7 +74,7 @@ class Observer:
             run = self._driver.run(endpoint, workload, seed=seed, progress=progress, window=window)
         except MeasurementError:
             if server is not None:
-                server.check_alive()  # a dead server explains more than the requests that it left behind
+                _require_alive(server)  # a dead server explains more than the requests that it left behind
             raise
         if window.was_left and of_server is not None:
             seen["server"] = of_server.seen
@@ -79,6 +82,15 @@ class Observer:
             seen["telemetry"] = of_devices.seen
         observations: Observations = replace(run.observations, **seen)
         return replace(run, observations=observations)
+
+
+def _require_alive(server: Server) -> None:
+    """Look for a while: connections break before the end of the process behind them is known."""
+    deadline = time.monotonic() + _END_IS_KNOWN_S
+    server.check_alive()
+    while time.monotonic() < deadline:
+        time.sleep(_END_IS_KNOWN_S / 5)
+        server.check_alive()
 
 
 class _Window(AbstractContextManager["_Window"]):

@@ -18,7 +18,7 @@ from pytest_gpulayout.adapters.vllm_process import free_port
 from pytest_gpulayout.testing import FakeServer, FakeTopologySource
 from pytest_gpulayout.topology_document import topology_to_document
 from tests.plugin.test_gpu_server import RESULTS, Host, host, library  # noqa: F401 - the last two are fixtures
-from tests.support.processes import server_spec, somebody_computes, wait_until
+from tests.support.processes import end_with_segments, server_spec, somebody_computes, wait_until
 from tests.support.running_vllm import RunningVllm
 from tests.support.suite import Suite
 
@@ -455,7 +455,7 @@ def somebody_s_server(host: Host, gpus: list[int]) -> Iterator[str]:  # noqa: F8
             yield f"http://127.0.0.1:{port}"
             assert process.poll() is None, "it was ended by the gate"
         finally:
-            process.terminate()
+            end_with_segments(process)
 
 
 def listens(port: int) -> bool:

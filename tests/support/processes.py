@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pytest_gpulayout.layout import parse_layout
@@ -96,6 +97,18 @@ def processes_marked(marker: str) -> dict[int, str]:
 
 def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+
+
+def end_with_segments(process: subprocess.Popen[bytes]) -> None:
+    """End a server that no launcher of ours has started; like vLLM it leaves what it shared under /dev/shm."""
+    family = [psutil.Process(process.pid)] if process.poll() is None else []
+    family += [child for parent in family for child in parent.children(recursive=True)]
+    paths = {mapped.path for member in family for mapped in member.memory_maps()}
+    process.terminate()
+    process.wait(10)
+    for path in paths:
+        if path.startswith("/dev/shm/vllm_dist_"):
+            Path(path).unlink(missing_ok=True)
 
 
 def segments_of(identity: str) -> list[str]:

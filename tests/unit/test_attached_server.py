@@ -32,7 +32,7 @@ from pytest_gpulayout.occupancy import GpuProcess, GpuUse, Occupancy
 from pytest_gpulayout.ports import Platform, ServerSpec
 from pytest_gpulayout.proofs import NOT_KNOWN_HERE
 from pytest_gpulayout.testing import FakeServer, FakeTopologySource
-from tests.support.processes import FAKE_VLLM, server_spec, wait_until
+from tests.support.processes import FAKE_VLLM, end_with_segments, server_spec, wait_until
 from tests.support.running_vllm import RunningVllm
 
 TP1, TP2 = parse_layout("tp1"), parse_layout("tp2")
@@ -406,8 +406,7 @@ def somebody_s_server(layout_size: int = 2, *, model: str = "org/tiny", **behavi
         yield url
         assert process.poll() is None, "it was ended by somebody else"
     finally:
-        process.terminate()
-        process.wait(10)
+        end_with_segments(process)
 
 
 def answers(url: str) -> bool:
