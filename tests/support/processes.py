@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def command_line(pid: int) -> str:
 
 
 def end_with_segments(process: subprocess.Popen[bytes]) -> None:
-    """End a server that no launcher of ours has started; like vLLM it leaves what it shared under /dev/shm."""
+    """End a server that no launcher of ours has started; like vLLM it leaves what its ranks met by and shared."""
     family = [psutil.Process(process.pid)] if process.poll() is None else []
     family += [child for parent in family for child in parent.children(recursive=True)]
     paths = {mapped.path for member in family for mapped in member.memory_maps()}
@@ -109,6 +110,7 @@ def end_with_segments(process: subprocess.Popen[bytes]) -> None:
     for path in paths:
         if path.startswith("/dev/shm/vllm_dist_"):
             Path(path).unlink(missing_ok=True)
+            (Path(tempfile.gettempdir()) / Path(path).name.partition("-")[0]).unlink(missing_ok=True)
 
 
 def segments_of(identity: str) -> list[str]:
