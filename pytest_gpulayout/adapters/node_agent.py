@@ -20,6 +20,7 @@ route                   which of its own addresses and interfaces reaches anothe
 ports                   ports that are free
 reserve                 takes locks and looks who computes on the devices; nothing when all is free
 start                   starts this node's part of a server
+adopt                   which processes here are ranks of the server: the end of one is the end of its part
 poll                    exit code, size of the log, and on demand the processes
 read                    a part of the log, or of a file of NCCL
 nccl                    NCCL's files and what hides channels from them
@@ -215,6 +216,10 @@ class NodeAgent:
         found = {"exit_code": part.exit_code, "log_bytes": part.log.stat().st_size}
         return found | ({"processes": part.table()} if processes else {})
 
+    def adopt(self, pids: Sequence[int]) -> None:
+        """Take processes of this node for ranks of the server."""
+        self._started.adopt(pids)
+
     def read(self, file: str, offset: int) -> dict[str, Any]:
         """Return a part of a file, of at most 256 KiB. :param file: ``log``, or a name of :meth:`nccl`."""
         part = self._started
@@ -298,6 +303,7 @@ _METHODS: Mapping[str, Callable[..., Any]] = {
     "ports": NodeAgent.ports,
     "reserve": NodeAgent.reserve,
     "start": NodeAgent.start,
+    "adopt": NodeAgent.adopt,
     "poll": NodeAgent.poll,
     "read": NodeAgent.read,
     "nccl": NodeAgent.nccl,

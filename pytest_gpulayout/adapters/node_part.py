@@ -28,6 +28,9 @@ _NUMA_OPTION = "--numa-bind"
 _RPC_OPTION = "--data-parallel-rpc-port"
 
 
+_RANK_ENDED = 1
+
+
 class PartRequest(TypedDict):
     """What a node is asked to start.
 
@@ -72,11 +75,31 @@ class NodePart(VllmServer):
         )
         self.port = int(self.endpoint.url.rpartition(":")[2])
         self.command = command_of_node(self.command, request)
+        self._ranks: list[psutil.Process] = []
+        self._told_of: set[int] = set()
+
+    def adopt(self, pids: Sequence[int]) -> None:
+        """Take processes for its ranks: the end of one is the end of the part.
+
+        :raises psutil.NoSuchProcess: one is not here.
+        """
+        self._ranks = [psutil.Process(pid) for pid in pids]
 
     @property
     def exit_code(self) -> int | None:
-        """Of this node's main process, ``None`` while it runs."""
-        return self._exit_code()
+        """Of this node's main process; 1 when a rank has gone, which the log tells then; ``None`` while all run.
+
+        The main processes of the other nodes may end before the one whose rank it was.
+        """
+        code = self._exit_code()
+        gone = [rank.pid for rank in self._ranks if not _runs(rank)]
+        if code is not None or not gone:
+            return code
+        with self.log.open("a", encoding="utf-8") as log:
+            for pid in sorted(set(gone) - self._told_of):
+                log.write(f"the worker of vLLM with process id {pid} has ended\n")
+        self._told_of.update(gone)
+        return _RANK_ENDED
 
     def table(self) -> dict[str, dict[str, object]]:
         """Return title and parent of each process, by process id."""
@@ -93,6 +116,14 @@ class NodePart(VllmServer):
         """Let the keeper remember the shared memory that is mapped now."""
         if self._kept is not None:
             self._kept.note_segments()
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it has not ended; who started it may not have asked for its exit code yet."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _spec_here(request: PartRequest, devices: tuple[Device, ...]) -> ServerSpec:

@@ -267,16 +267,17 @@ class NodeServer(VllmServer):
         for part, processes in zip(self._parts, on_each(self._parts, RemotePart.processes), strict=True):
             titles = {pid: process.title for pid, process in processes.items()}
             parents = {pid: process.parent for pid, process in processes.items()}
-            part.pids = rank_pids(self.spec.layout, titles, parents)
-            if set(part.pids) != set(part.ranks):
-                raise self._wrong_ranks(part, titles)
-            every |= part.pids
+            found = rank_pids(self.spec.layout, titles, parents)
+            if set(found) != set(part.ranks):
+                raise self._wrong_ranks(part, titles, found)
+            part.adopt(found)
+            every |= found
             every_title += titles.values()
         return every, every_title
 
-    def _wrong_ranks(self, part: RemotePart, titles: Mapping[int, str]) -> ServerStartFailed:
+    def _wrong_ranks(self, part: RemotePart, titles: Mapping[int, str], ranks: Collection[int]) -> ServerStartFailed:
         listed = ", ".join(sorted(title for title in titles.values() if "VLLM::" in title)) or "no VLLM::..."
-        found = ", ".join(map(str, sorted(part.pids))) or "none"
+        found = ", ".join(map(str, sorted(ranks))) or "none"
         return ServerStartFailed(
             f"layout {self.spec.layout} needs ranks {', '.join(map(str, part.ranks))} on {part.node.facts.words}, "
             f"found {found}\n  process table of the node's part of the server: {listed}\n"

@@ -5,7 +5,6 @@ Run as ``python -m pytest_gpulayout.adapters.ray_agent``; it answers all that
 
 =========  =============================================================================================
 start_ray  starts this node's part of a server: the API server on the first node, nothing on the others
-adopt      which processes here are ranks of the server; from then on they are a part of it
 =========  =============================================================================================
 
 Workers are children of Ray, not of this agent, so no keeper ends them. Ray does when vLLM's engine has gone; what is
@@ -37,7 +36,6 @@ from pytest_gpulayout.topology import Device
 WORKERS_S = 40.0
 """How long workers may take to end once the server is asked to; that has 35 s for itself."""
 
-_WORKER_ENDED = 1
 _NUMA_OPTION = "--numa-bind"
 _BESIDE_RAY = ("(vLLM's", "workers,", "started", "by", "Ray)")
 # Ray's workers write NCCL's files where the whole cluster has a folder; they go with the agent, however that ends.
@@ -68,8 +66,6 @@ class RayPart(NodePart):
         of_one_host = str(replace(parse_layout(request["layout"]), nodes=1))
         super().__init__({**request, "layout": of_one_host, "node_rank": 0}, devices, folder, locks, watch)
         self.serves = request["node_rank"] == 0
-        self._workers: list[psutil.Process] = []
-        self._told_of: set[int] = set()
         self.command = command_with_ray(self.command, request["arguments"]) if self.serves else list(_BESIDE_RAY)
 
     def begin(self) -> None:
@@ -85,26 +81,13 @@ class RayPart(NodePart):
 
         :raises psutil.NoSuchProcess: one is not here.
         """
-        self._workers = [psutil.Process(pid) for pid in pids]
+        super().adopt(pids)
         self._seen.update(pids)
-
-    @property
-    def exit_code(self) -> int | None:
-        """Of the API server; 1 when a worker has gone, which the log tells then; ``None`` while all run."""
-        code = super().exit_code
-        gone = [worker.pid for worker in self._workers if not worker.is_running()]
-        if code is not None or not gone:
-            return code
-        with self.log.open("a", encoding="utf-8") as log:
-            for pid in sorted(set(gone) - self._told_of):
-                log.write(f"the worker of vLLM with process id {pid}, which Ray started, has ended\n")
-        self._told_of.update(gone)
-        return _WORKER_ENDED
 
     def pids(self) -> Mapping[int, str]:
         """Return the processes now, pid -> title; Ray gives its workers titles of its own."""
         found = dict(super().pids())
-        for worker in self._workers:
+        for worker in self._ranks:
             try:
                 found[worker.pid] = " ".join(worker.cmdline()).strip()
             except psutil.Error:
@@ -114,7 +97,7 @@ class RayPart(NodePart):
     def stop(self) -> None:
         """End the API server, and see that no worker outlives it; may be called again."""
         super().stop()
-        _, alive = psutil.wait_procs(self._workers, timeout=WORKERS_S)
+        _, alive = psutil.wait_procs(self._ranks, timeout=WORKERS_S)
         for worker in alive:
             try:
                 worker.kill()
@@ -180,12 +163,6 @@ class RayAgent(NodeAgent):
         part.begin()
         return {"command": list(part.command), "port": part.port, "binding": part.binding if part.serves else ""}
 
-    def adopt(self, pids: Sequence[int]) -> None:
-        """Take processes of this node for ranks of the server."""
-        part = self._started
-        assert isinstance(part, RayPart)
-        part.adopt(pids)
-
     def close(self) -> None:
         """End everything; may be called again."""
         try:
@@ -199,7 +176,6 @@ class RayAgent(NodeAgent):
 
 _METHODS: Mapping[str, Callable[..., Any]] = {
     "start_ray": RayAgent.start_ray,
-    "adopt": RayAgent.adopt,
     "bye": RayAgent.close,
 }
 """What can be asked beside what every agent answers, by name."""

@@ -57,11 +57,6 @@ class RayRemotePart(RemotePart):
         self.command, self.binding = tuple(told["command"]), str(told["binding"])
         return int(told["port"])
 
-    def adopt(self, pids: Mapping[int, int]) -> None:
-        """Let the agent take processes for ranks. :param pids: by the layout's rank."""
-        self.pids = dict(pids)
-        self.node.ask("adopt", pids=list(pids.values()))
-
 
 class RayServer(NodeServer):
     """A server over the nodes of a Ray cluster.

@@ -95,6 +95,11 @@ class RemotePart:
         self.command, self.binding = tuple(told["command"]), str(told["binding"])
         return int(told["port"])
 
+    def adopt(self, pids: Mapping[int, int]) -> None:
+        """Let the agent take processes for ranks. :param pids: by the layout's rank."""
+        self.pids = dict(pids)
+        self.node.ask("adopt", pids=list(pids.values()))
+
     def poll(self) -> int | None:
         """Return its exit code, ``None`` while it runs; copies what is new in its log.
 

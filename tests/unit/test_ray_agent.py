@@ -110,7 +110,7 @@ def test_an_adopted_worker_is_a_process_of_the_part_and_its_end_is_told(
     assert agent.answer("poll", {})["exit_code"] == 1
     assert agent.answer("poll", {})["exit_code"] == 1
     assert agent.answer("read", {"file": "log", "offset": 0})["text"] == (
-        f"the worker of vLLM with process id {worker.pid}, which Ray started, has ended\n"
+        f"the worker of vLLM with process id {worker.pid} has ended\n"
     )
 
 
