@@ -36,6 +36,9 @@ NEEDS_RAY = [
 
 _OURS = ("pytest_gpulayout", "gpulayout-node-", "gpulayout-nccl-", "keeper.py")
 _START_S = 120.0
+# Without it Ray 2.60 writes a token below the user's home, and asks for it from then on.
+_AUTH = "RAY_AUTH_MODE"
+os.environ.setdefault(_AUTH, "disabled")
 
 
 class RayHosts:
@@ -118,4 +121,4 @@ def _free_port() -> int:
 def import_path(environment: Mapping[str, str], *first: Path) -> dict[str, str]:
     """Return an environment in which this package is found. :param first: folders that come before it."""
     paths = [*map(str, first), str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths), _AUTH: "disabled"}
