@@ -136,7 +136,7 @@ def _model(arguments: argparse.Namespace) -> tuple[PlannedModel, int | None]:
 
 
 def _json(path: Path) -> Any:
-    from pytest_gpulayout.model_shape import ModelConfigError
+    from pytest_gpulayout.errors import ModelConfigError
 
     try:
         return json.loads(read_text(str(path), "a model's config was expected", _ADVICE))
@@ -150,7 +150,7 @@ def _json(path: Path) -> Any:
 
 def _total_size(path: Path) -> int | None:
     """What the index of a model's files says of all tensors; ``None`` where there is none, or it does not say."""
-    from pytest_gpulayout.model_shape import ModelConfigError
+    from pytest_gpulayout.errors import ModelConfigError
 
     if not path.is_file():
         return None
@@ -171,8 +171,9 @@ def _total_size(path: Path) -> int | None:
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
+    from pytest_gpulayout.errors import PlanError
     from pytest_gpulayout.link_speeds import DEFAULT_NETWORK
-    from pytest_gpulayout.plan_inputs import PlanError, machine_of, uniform_topology
+    from pytest_gpulayout.plan_inputs import machine_of, uniform_topology
 
     spec, count = arguments.gpu or (None, None)
     network = arguments.network or DEFAULT_NETWORK
@@ -188,8 +189,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 
 
 def _link(given: LinkClass | Literal["nvlink"] | None, spec: GpuSpec) -> LinkClass | None:
+    from pytest_gpulayout.errors import PlanError
     from pytest_gpulayout.links import LinkClass
-    from pytest_gpulayout.plan_inputs import PlanError
 
     if given != "nvlink":
         return given

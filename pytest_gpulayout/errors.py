@@ -8,6 +8,9 @@
     ├── UnsupportedLayoutError   a valid layout that this version does not start
     ├── TopologyError            devices could not be listed, or are too few
     │   └── TopologyFormatError  a recorded topology that cannot be read (source, line, column)
+    ├── PlanError                a machine or a demand that no plan can be made for
+    │   ├── ModelConfigError     a config.json that cannot be read, or whose model cannot be counted
+    │   └── UnknownGpuError      a GPU whose data sheet is not known
     ├── WorkloadError            a workload that is unknown or does not make sense
     ├── LinkError                links between devices are worse than required
     ├── EvidenceError            NCCL or vLLM logs that cannot be read
@@ -82,6 +85,18 @@ class TopologyFormatError(TopologyError):
 
 class LinkError(GpuLayoutError):
     """Links between devices that communicate are worse than required; raised by ``assert_links`` alone."""
+
+
+class PlanError(GpuLayoutError):
+    """A machine or a demand that no plan can be made for."""
+
+
+class ModelConfigError(PlanError):
+    """A model's config.json that cannot be read, or whose model cannot be counted."""
+
+
+class UnknownGpuError(PlanError):
+    """A GPU that is not in the table of data sheets."""
 
 
 class WorkloadError(GpuLayoutError):

@@ -15,11 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pytest_gpulayout.errors import GpuLayoutError
-
-
-class UnknownGpuError(GpuLayoutError):
-    """A GPU that is not in the table."""
+from pytest_gpulayout.errors import UnknownGpuError
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pytest_gpulayout.model_shape import (
-    DTYPE_BYTES,
-    Experts,
-    Latent,
-    Layer,
-    ModelConfigError,
-    ModelShape,
-    MultiHead,
-)
+from pytest_gpulayout.errors import ModelConfigError
+from pytest_gpulayout.model_shape import DTYPE_BYTES, Experts, Latent, Layer, ModelShape, MultiHead
 
 _Windows = Literal["none", "all", "from-layer", "even", "five-of-six"]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pytest_gpulayout.model_shape import ModelConfigError
+from pytest_gpulayout.errors import ModelConfigError
 
 _KNOWN = ("awq", "compressed-tensors", "fp8", "gptq", "modelopt", "modelopt_fp4", "mxfp4")
 

@@ -8,14 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pytest_gpulayout.errors import GpuLayoutError
-
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "half": 2, "float": 4}
 """Bytes of a weight that is not quantised, by the names of ``torch_dtype`` and of vLLM's ``--dtype``."""
-
-
-class ModelConfigError(GpuLayoutError):
-    """A model's config.json that cannot be read, or whose model cannot be counted."""
 
 
 @dataclass(frozen=True, slots=True)

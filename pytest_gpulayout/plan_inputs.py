@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-from pytest_gpulayout.errors import GpuLayoutError
+from pytest_gpulayout.errors import PlanError
 from pytest_gpulayout.gpu_specs import GpuSpec, find_gpu
 from pytest_gpulayout.link_speeds import DEFAULT_NETWORK, Network
 from pytest_gpulayout.links import LinkClass
@@ -21,10 +21,6 @@ from pytest_gpulayout.topology import Device, Topology
 
 DATA_SHEET = "data sheet"
 """What the topology of a machine that nobody looked at names as its source."""
-
-
-class PlanError(GpuLayoutError):
-    """A machine or a demand that no plan can be made for."""
 
 
 @dataclass(frozen=True, slots=True)

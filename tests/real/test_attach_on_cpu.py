@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 
 from pytest_gpulayout.adapters.vllm_process import free_port
 from tests.real.conftest import VLLM_ARGUMENTS, Gate
-from tests.support.processes import wait_until
+from tests.support.processes import end_with_segments, wait_until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
 
@@ -52,7 +50,6 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     }
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    family = psutil.Process(process.pid)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: is_healthy(url) or process.poll() is not None, "vLLM is ready", timeout_s=300)
@@ -60,13 +57,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield url
         assert process.poll() is None, "it was ended by the gate"
     finally:
-        below = family.children(recursive=True) if family.is_running() else []
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        psutil.wait_procs(below, timeout=20)
-        for child in below:
-            if child.is_running():
-                child.kill()
+        end_with_segments(process, timeout_s=60)
 
 
 def is_healthy(url: str) -> bool:

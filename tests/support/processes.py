@@ -100,13 +100,15 @@ def command_line(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
-def end_with_segments(process: subprocess.Popen[bytes]) -> None:
-    """End a server that no launcher of ours has started; like vLLM it leaves what its ranks met by and shared."""
+def end_with_segments(process: subprocess.Popen[bytes], timeout_s: float = 10) -> None:
+    """End a server that no launcher of ours has started, with what its ranks met by and shared: vLLM leaves that."""
     family = [psutil.Process(process.pid)] if process.poll() is None else []
-    family += [child for parent in family for child in parent.children(recursive=True)]
-    paths = {mapped.path for member in family for mapped in member.memory_maps()}
+    below = [child for parent in family for child in parent.children(recursive=True)]
+    paths = {mapped.path for member in (*family, *below) for mapped in member.memory_maps()}
     process.terminate()
-    process.wait(10)
+    process.wait(timeout_s)
+    for child in psutil.wait_procs(below, timeout=timeout_s)[1]:
+        child.kill()
     for path in paths:
         if path.startswith("/dev/shm/vllm_dist_"):
             Path(path).unlink(missing_ok=True)

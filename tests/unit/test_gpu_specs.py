@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_gpulayout.gpu_specs import GPUS, GpuSpec, UnknownGpuError, find_gpu
+from pytest_gpulayout.errors import UnknownGpuError
+from pytest_gpulayout.gpu_specs import GPUS, GpuSpec, find_gpu
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytest_gpulayout.errors import ModelConfigError
 from pytest_gpulayout.model_config import read_shape
 from pytest_gpulayout.model_quantization import read_quantization
-from pytest_gpulayout.model_shape import Experts, Latent, ModelConfigError, MultiHead
+from pytest_gpulayout.model_shape import Experts, Latent, MultiHead
 from pytest_gpulayout.model_tensors import active_parameters, parameters
 from tests.support.model_configs import FOLDER, config_of, shape_of
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from pytest_gpulayout.errors import ModelConfigError
 from pytest_gpulayout.model_memory import total_bytes
 from pytest_gpulayout.model_quantization import Quantization, WeightFormat, read_quantization
-from pytest_gpulayout.model_shape import ModelConfigError
 from tests.support.model_configs import model_of
 
 LINEAR = "model.layers.0.mlp.up_proj"

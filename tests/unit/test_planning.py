@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from pytest_gpulayout.gpu_specs import UnknownGpuError, find_gpu
+from pytest_gpulayout.errors import PlanError, UnknownGpuError
+from pytest_gpulayout.gpu_specs import find_gpu
 from pytest_gpulayout.layout import Layout, parse_layout
 from pytest_gpulayout.link_speeds import Network
 from pytest_gpulayout.links import LinkClass, parse_link_class
 from pytest_gpulayout.model_memory import cached_token_bytes, stage_weights, total_bytes
-from pytest_gpulayout.plan_inputs import Demand, Machine, PlanError, ServerOptions, machine_of, uniform_topology
+from pytest_gpulayout.plan_inputs import Demand, Machine, ServerOptions, machine_of, uniform_topology
 from pytest_gpulayout.plan_ranking import GOALS, Plan, candidates, goal_parts, make_plan
 from pytest_gpulayout.plan_text import index_text, plan_document, plan_lines
 from pytest_gpulayout.planning import LayoutPlan, plan_layout
