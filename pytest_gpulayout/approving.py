@@ -14,7 +14,8 @@ from pytest_gpulayout.approval import add_session, change_text, is_change
 from pytest_gpulayout.baseline import Baseline, BaselineSession
 from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
 from pytest_gpulayout.errors import BaselineError
-from pytest_gpulayout.judging import NOISE_PRIORS, GatePolicy, judge_once, unjudgeable
+from pytest_gpulayout.gated import documented_prior, gated_of, is_of_links
+from pytest_gpulayout.judging import GatePolicy, judge_once, unjudgeable
 from pytest_gpulayout.ports import BaselineStore
 from pytest_gpulayout.results import RecordedMeasurement
 from pytest_gpulayout.siblings import sibling_priors
@@ -156,7 +157,7 @@ def _take(
     store: BaselineStore, baseline: Baseline | None, candidate: Candidate, terms: Terms
 ) -> tuple[Step, Baseline | None]:
     measurement = candidate.measurement
-    refusals = _unsound(measurement, terms.tolerances)
+    refusals = _unsound(measurement, gated_of(measurement.identity.key, terms.tolerances))
     session = measurement.as_session()
     if baseline is not None and not refusals:
         refusals = measurement.identity.key.differences(baseline.key) or _clashes(baseline, session)
@@ -197,14 +198,15 @@ def _clashes(baseline: Baseline, session: BaselineSession) -> tuple[str, ...]:
             return (f"the same numbers are stored already, as the session of {stored.recorded}",)
     before, now = baseline.sessions[-1].runs[0].batch_size, session.runs[0].batch_size
     if before != now:
-        return (f"a batch has {now:g} requests, where those of the newest stored session have {before:g}",)
+        what = "all-reduces" if is_of_links(baseline.key) else "requests"
+        return (f"a batch has {now:g} {what}, where those of the newest stored session have {before:g}",)
     return ()
 
 
 def _judge(store: BaselineStore, baseline: Baseline, measurement: RecordedMeasurement, terms: Terms) -> Verdict:
     """Judge all starts as one look, with the spread that a gate would assume."""
-    prior = NOISE_PRIORS[baseline.key.hardware["platform"]]
-    policy = GatePolicy(mode="check", tolerances=terms.tolerances, prior=prior, starts=len(measurement.runs))
+    prior, tolerances = documented_prior(baseline.key), gated_of(baseline.key, terms.tolerances)
+    policy = GatePolicy(mode="check", tolerances=tolerances, prior=prior, starts=len(measurement.runs))
     priors = sibling_priors(store, baseline.key, prior)
     return judge_once(measurement, baseline, policy, Look(1, 1), priors=priors, today=terms.today)
 

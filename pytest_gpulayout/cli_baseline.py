@@ -62,10 +62,12 @@ def _list(arguments: argparse.Namespace) -> Outcome:
 
 
 def _entry(path: str, baseline: Baseline, today: str) -> dict[str, Any]:
+    from pytest_gpulayout.gated import gated_of
     from pytest_gpulayout.standing import stand
     from pytest_gpulayout.tolerance import parse_tolerances
 
-    standing = stand(baseline, parse_tolerances(""), today=today, starts=_GATE_STARTS)
+    tolerances = gated_of(baseline.key, parse_tolerances(""))
+    standing = stand(baseline, tolerances, today=today, starts=_GATE_STARTS)
     return {
         "path": path,
         "levels": len(baseline.levels()),
@@ -113,15 +115,16 @@ def _declare_show(verbs: Any) -> None:
 def _show(arguments: argparse.Namespace) -> Outcome:
     from dataclasses import asdict
 
-    from pytest_gpulayout.judging import NOISE_PRIORS
+    from pytest_gpulayout.gated import documented_prior, gated_of
     from pytest_gpulayout.siblings import sibling_priors
     from pytest_gpulayout.standing import stand
 
     store = open_store(arguments)
     baseline = read_baseline(store, arguments.path)
-    priors = sibling_priors(store, baseline.key, NOISE_PRIORS[baseline.key.hardware["platform"]])
+    priors = sibling_priors(store, baseline.key, documented_prior(baseline.key))
     today = arguments.today.isoformat()
-    standing = stand(baseline, arguments.tolerance, today=today, starts=arguments.starts, priors=priors)
+    tolerances = gated_of(baseline.key, arguments.tolerance)
+    standing = stand(baseline, tolerances, today=today, starts=arguments.starts, priors=priors)
     document = {
         "path": arguments.path,
         "key": asdict(baseline.key),

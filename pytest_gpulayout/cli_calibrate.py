@@ -83,7 +83,7 @@ class _Pool:
 
 
 def _calibrate(arguments: argparse.Namespace) -> Outcome:
-    from pytest_gpulayout.judging import NOISE_PRIORS
+    from pytest_gpulayout.gated import documented_prior, gated_of
     from pytest_gpulayout.noise_study import study_noise
     from pytest_gpulayout.noise_text import study_document, study_lines
     from pytest_gpulayout.settings import STORED_STARTS
@@ -94,8 +94,8 @@ def _calibrate(arguments: argparse.Namespace) -> Outcome:
     for pool in pools:
         study = study_noise(
             pool.sessions,
-            arguments.tolerance,
-            NOISE_PRIORS[pool.key.hardware["platform"]],
+            gated_of(pool.key, arguments.tolerance),
+            documented_prior(pool.key),
             gate_starts=arguments.gate_starts or STORED_STARTS,
             resamples=arguments.resamples,
             seed=arguments.seed,

@@ -27,9 +27,7 @@ from pytest_gpulayout.metrics import COLLECTIVES, DECODE_BATCHES
 from pytest_gpulayout.stats import NoisePrior, median
 from pytest_gpulayout.tolerance import Tolerance
 from pytest_gpulayout.verdict import MetricSample
-
-NAME = "collectives"
-"""Of the workload in keys and reports."""
+from pytest_gpulayout.workload import PROBE
 
 PREFILL_TOKENS = 8192
 """Tokens of a prefill: what a server takes in one step at most, by default on GPUs of 70 to 160 GiB (vLLM 0.32,
@@ -115,7 +113,7 @@ class ProbePlan:
     @property
     def name(self) -> str:
         """Of the workload, for keys."""
-        return NAME
+        return PROBE
 
     @property
     def iterations(self) -> int:
@@ -147,7 +145,7 @@ class ProbePlan:
     def to_document(self) -> dict[str, Any]:
         """Return the plan as results keep it."""
         return {
-            "name": NAME,
+            "name": PROBE,
             "hidden_size": self.hidden_size,
             "origin": self.origin,
             "dtype": self.dtype,
@@ -157,6 +155,19 @@ class ProbePlan:
                 for message in self.messages()
             ],
         }
+
+
+def plan_of_document(document: Mapping[str, Any]) -> ProbePlan:
+    """Return the plan that results keep. :param document: as :meth:`ProbePlan.to_document` gives it."""
+    iterations = {message["name"]: message["iterations"] for message in document["messages"]}
+    return ProbePlan(
+        hidden_size=document["hidden_size"],
+        dtype=document["dtype"],
+        origin=document["origin"],
+        rounds=document["rounds"],
+        decode_iterations=iterations["batch1"],
+        prefill_iterations=iterations[PREFILL],
+    )
 
 
 def probe_groups(layout: Layout, *, moe: bool = False) -> tuple[tuple[int, ...], ...]:

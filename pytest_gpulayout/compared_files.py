@@ -124,15 +124,11 @@ def _of_results(text: str, place: str) -> tuple[Recorded, ...]:
             f"a measurement was required, and the results hold no measurement\n  in {place}\n"
             "  measure speed, too: pytest --pyargs pytest_gpulayout.gates --gpu-layout=SPEC --gpu-results=FILE.json"
         )
-    records = [record for record in json.loads(text)["records"] if record["kind"] == "performance"]
-    return tuple(
-        _of_measurement(measurement, record["runs"], place)
-        for measurement, record in zip(measurements, records, strict=True)
-    )
+    return tuple(_of_measurement(measurement, place) for measurement in measurements)
 
 
-def _of_measurement(measurement: RecordedMeasurement, runs: Sequence[Mapping[str, Any]], place: str) -> Recorded:
-    key = measurement.identity.key
+def _of_measurement(measurement: RecordedMeasurement, place: str) -> Recorded:
+    key, runs = measurement.identity.key, measurement.documents
     whole = tuple(BaselineRun(run["num_prompts"], _positive_metrics(run)) for run in runs)
     return Recorded(
         f"{_title(key)} ({measurement.test})",

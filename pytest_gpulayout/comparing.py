@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from pytest_gpulayout.baseline import Baseline, BaselineSession
 from pytest_gpulayout.compared_files import Load, Recorded
-from pytest_gpulayout.judging import NOISE_PRIORS, GatePolicy, judge_once
+from pytest_gpulayout.gated import documented_prior, gated_of
+from pytest_gpulayout.judging import GatePolicy, judge_once
 from pytest_gpulayout.measurement import Identity
 from pytest_gpulayout.report import plural
 from pytest_gpulayout.results import RecordedMeasurement
@@ -167,9 +168,8 @@ def _judge(now: Recorded, stored: Recorded, tolerances: Mapping[str, Tolerance],
     if not (now.is_identified and stored.is_identified):
         now, stored = now.by_start(), stored.by_start()
     baseline, measurement = _as_one_identity(now, stored)
-    identified = now if now.is_identified else stored
-    prior = NOISE_PRIORS[identified.baseline.key.hardware["platform"]]
-    policy = GatePolicy("check", tolerances, prior, starts=len(measurement.runs))
+    key = (now if now.is_identified else stored).baseline.key
+    policy = GatePolicy("check", gated_of(key, tolerances), documented_prior(key), starts=len(measurement.runs))
     verdict = judge_once(measurement, baseline, policy, Look(1, 1), today=today, place=place)
     told = [*verdict.reasons, *_not_proved(now, stored)]
     if now.newest.runs == stored.newest.runs:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 from pytest_gpulayout.approval import got_better
 from pytest_gpulayout.baseline import Baseline, BaselineKey, BaselineSession, Reference
 from pytest_gpulayout.bimodality import find_modes
-from pytest_gpulayout.judging import NOISE_PRIORS
+from pytest_gpulayout.gated import documented_prior, gated_of, is_of_links
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.reasons import FEW_SESSIONS
 from pytest_gpulayout.report import plural
@@ -63,9 +63,15 @@ class HealthRules:
 
 
 def examine(baselines: Mapping[str, Baseline], rules: HealthRules) -> tuple[Rot, ...]:
-    """Return what is wrong with these baselines. :param baselines: by the path that each lies at."""
+    """Return what is wrong with these baselines.
+
+    :param baselines: by the path that each lies at. :param rules: with the tolerances of all keys.
+    """
     checks = (_stale, _waivers, _drifting, _ratcheted, _bimodal, _unused, _provisional)
-    found = [rot for path, baseline in baselines.items() for check in checks for rot in check(path, baseline, rules)]
+    found: list[Rot] = []
+    for path, baseline in baselines.items():
+        own = replace(rules, tolerances=gated_of(baseline.key, rules.tolerances))
+        found += [rot for check in checks for rot in check(path, baseline, own)]
     return (*_misplaced(baselines), *found, *_copied(baselines))
 
 
@@ -108,6 +114,9 @@ def _record_again(baseline: Baseline) -> str:
 
 def _recording(baseline: Baseline) -> str:
     key = baseline.key
+    if is_of_links(key):
+        gate = "pytest --pyargs pytest_gpulayout.gates -k collectives"
+        return f"{gate} --gpu-layout={key.layout} --gpu-model=ID_OR_PATH --gpu-baseline=update"
     return (
         f"pytest --gpu-layout={key.layout} --gpu-model={key.model['name']} "
         f"--gpu-workload={key.workload['name']} --gpu-baseline=update"
@@ -157,7 +166,7 @@ def _is_as_good_as_before(baseline: Baseline, reference: Reference, rules: Healt
     before = Baseline(baseline.key, tuple(session for level in levels[:-1] for session in level))
     newest = reference.newest
     former = before.reference(newest.epoch)
-    prior = NOISE_PRIORS[baseline.key.hardware["platform"]]
+    prior = documented_prior(baseline.key)
     histories = []
     for name, tolerance in rules.tolerances.items():
         current, level = newest.samples(name), former.level_samples(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from pytest_gpulayout.baseline import (
     is_measurement,
 )
 from pytest_gpulayout.baseline_text import complete_key
+from pytest_gpulayout.collectives import CollectiveMeasurement, GroupTimes, ProbeRun, plan_of_document
 from pytest_gpulayout.errors import MeasurementError
 from pytest_gpulayout.measurement import Identity
 from pytest_gpulayout.schemas import read_document
@@ -25,8 +26,11 @@ from pytest_gpulayout.verdict import MetricSample
 class RecordedMeasurement:
     """A measurement as the results keep it: metrics per batch, no single requests.
 
+    It is of a server, or a probe of the links, whose batches are its rounds.
+
     :param test: node id of the test that measured. :param runs: (n_starts,), oldest first; empty with problems.
     :param problems: why these numbers must not be judged; empty when they are sound.
+    :param documents: (n_starts,) result documents of a server, as ``vllm bench serve`` writes them; none of links.
     :param created: when the results were written, UTC, ISO 8601.
     :param recorded_topology: the file that its topology was read from, ``""`` where the devices were probed.
     """
@@ -35,6 +39,7 @@ class RecordedMeasurement:
     identity: Identity
     runs: tuple[BaselineRun, ...]
     problems: tuple[str, ...]
+    documents: tuple[Mapping[str, Any], ...] = ()
     created: str = ""
     recorded_topology: str = ""
 
@@ -84,7 +89,7 @@ def measurements_from_text(text: str, path: str) -> tuple[RecordedMeasurement, .
             recorded_topology=read_from.get(record["layout"], ""),
         )
         for record in records
-        if record["kind"] == "performance"
+        if record["kind"] in ("performance", "collectives")
     )
 
 
@@ -99,22 +104,51 @@ def _complete_keys(document: Any) -> Any:
 
 
 def _measurement(record: Mapping[str, Any]) -> RecordedMeasurement:
-    identity = record["identity"]
-    key = BaselineKey(**identity["key"])
-    problems = _problems(record["runs"])
+    found = record["identity"]
+    key = BaselineKey(**found["key"])
+    identity = Identity(key, found["epoch"], found["sut"], found["covariates"], found.get("topology", {}))
+    is_server = record["kind"] == "performance"
+    problems, runs = _of_server(record["runs"]) if is_server else _of_links(record, identity)
     if record["verdict"] == "invalid":
         problems = tuple(record["reasons"]) or ("it was invalid, for a reason that is not recorded",)
     return RecordedMeasurement(
         test=record["test"],
-        identity=Identity(
-            key, identity["epoch"], identity["sut"], identity["covariates"], identity.get("topology", {})
-        ),
-        runs=() if problems else tuple(map(_run, record["runs"])),
+        identity=identity,
+        runs=() if problems else runs,
         problems=problems,
+        documents=tuple(record["runs"]) if is_server else (),
     )
 
 
-def _problems(runs: list[Mapping[str, Any]]) -> tuple[str, ...]:
+def _of_links(record: Mapping[str, Any], identity: Identity) -> tuple[tuple[str, ...], tuple[BaselineRun, ...]]:
+    """What is wrong with a probe of the links, and what it measured: see :func:`_of_server`.
+
+    A link that is slower than its class must be is never the measure of what follows.
+    """
+    plan = plan_of_document(record["workload"])
+    runs = tuple(
+        ProbeRun(
+            tuple(GroupTimes(tuple(group["ranks"]), tuple(group["rounds"])) for group in run["groups"]),
+            run["duration_s"],
+            record["backend"],
+            record["transports"],
+        )
+        for run in record["runs"]
+    )
+    measurement = CollectiveMeasurement(identity, plan, runs)
+    problems = (*measurement.problems(), *measurement.shortfalls(), *record["findings"])
+    return problems, () if problems else measurement.as_session("").runs
+
+
+def _of_server(
+    runs: Sequence[Mapping[str, Any]],
+) -> tuple[tuple[str, ...], tuple[BaselineRun, ...]]:
+    """What is wrong with the numbers of a server, else its runs."""
+    problems = _problems(runs)
+    return problems, () if problems else tuple(map(_run, runs))
+
+
+def _problems(runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     found = [] if runs else ["no server start was measured"]
     for number, run in enumerate(runs, 1):
         own = run["gpulayout"]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from pytest_gpulayout.baseline import Baseline, Reference
 from pytest_gpulayout.bimodality import Mode, find_modes
-from pytest_gpulayout.judging import NOISE_PRIORS, PriorOf
+from pytest_gpulayout.gated import documented_prior
+from pytest_gpulayout.judging import PriorOf
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.reasons import FEW_SESSIONS
 from pytest_gpulayout.report import plural
@@ -96,7 +97,7 @@ def stand(
     :param starts: that a gate may make. :param priors: what is assumed of the noise, where not the documented prior.
     """
     reference = baseline.reference(today=today)
-    documented = NOISE_PRIORS[baseline.key.hardware["platform"]]
+    documented = documented_prior(baseline.key)
     found = []
     for name in METRICS:
         level, others = reference.level_samples(name), reference.other_samples(name)

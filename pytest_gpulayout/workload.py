@@ -21,6 +21,9 @@ from pytest_gpulayout.workload_complaints import schema_complaints
 
 _ONE_WAVE = -1
 _MOST_WARMUP_BY_RATE = 32
+PROBE = "collectives"
+"""In place of a workload's name in the key of a probe of the links; no workload has it."""
+
 _NOT_THE_LOAD = ("name", "batches", "goodput")
 _COUNTS = ("input_tokens", "output_tokens", "concurrency", "requests", "batches")
 _ALWAYS_WRITTEN = ("batches", "warmup_requests")
@@ -172,6 +175,8 @@ def _mistakes(workload: Workload) -> Iterator[_Mistake]:
 
 
 def _wrong_numbers(workload: Workload) -> Iterator[_Mistake]:
+    if workload.name == PROBE:
+        yield _Mistake(f"another name than that of the probe of the links, {PROBE}", PROBE, "rename the workload")
     counts = {name: getattr(workload, name) for name in _COUNTS}
     if workload.image is not None:
         counts |= {f"image.{side}": pixels for side, pixels in asdict(workload.image).items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gpulayout.cli import main
 from pytest_gpulayout.gate import PlacedLayout
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.links import parse_requirement
@@ -187,6 +188,44 @@ def gpu_probe_plan(gpu_probe_plan):
     assert result.ret == 0
     result.stdout.fnmatch_lines(["    ranks 0,1 reach 23.9 GB/s with messages of 64 MiB, at least 1* required *"])
     assert len(suite.baselines) == 1
+
+
+# -- saved results ---------------------------------------------------------------------------------------------------
+
+
+def test_saved_results_of_links_are_taken_as_those_of_a_server(
+    suite: Suite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in CI, which stores nothing itself: red, approved by a reviewer, then judged."""
+    suite.write(test_it=LINKS)
+    suite.run("--gpu-layout=tp2", "--gpu-results=results.json").assert_outcomes(failed=1)
+    assert suite.baselines == []
+
+    assert main(["baseline", "approve", "results.json"]) == 0
+    (file,) = suite.baselines
+    place = str(file.relative_to(suite.pytester.path / "gpu-baselines"))
+    suite.settle()
+
+    suite.fakes(probe="gb_per_s=371.0")
+    suite.run("--gpu-layout=tp2", "--gpu-results=results.json").assert_outcomes(passed=1)
+    assert main(["baseline", "check", "--used", "results.json"]) == 0
+    assert main(["compare", str(file), "results.json"]) == 0
+    capsys.readouterr()
+    assert main(["baseline", "show", place]) == 0
+    shown = capsys.readouterr().out
+    assert "all_reduce_batch1_us" in shown
+    assert "15%" in shown
+
+
+def test_results_of_a_link_that_is_too_slow_are_refused(suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    suite.fakes(probe="gb_per_s=24.0", more=WIRED)
+    suite.write(test_it=LINKS)
+    suite.run("--gpu-layout=tp2", "--gpu-results=results.json")
+
+    assert main(["baseline", "approve", "results.json"]) == 1
+
+    assert "refused: ranks 0,1 reach 23.9 GB/s with messages of 64 MiB" in capsys.readouterr().out
+    assert suite.baselines == []
 
 
 # -- beside servers --------------------------------------------------------------------------------------------------

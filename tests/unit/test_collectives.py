@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gpulayout import collectives, judging
 from pytest_gpulayout.attribution import told_of_links, with_links
 from pytest_gpulayout.baseline import Baseline
 from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
@@ -18,12 +19,14 @@ from pytest_gpulayout.collectives import (
     ProbeRun,
     bus_bandwidth_gb_per_s,
     no_probe_needed,
+    plan_of_document,
     probe_groups,
     probe_tolerances,
     serving_tolerances,
     transports_text,
 )
 from pytest_gpulayout.errors import WorkloadError
+from pytest_gpulayout.gated import documented_prior, gated_of
 from pytest_gpulayout.judging import BaselineMode, GateInputs, GatePolicy, judge_performance
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.link_limits import LATENCY_US, judge_bandwidth, limit_between
@@ -36,6 +39,7 @@ from pytest_gpulayout.testing import FakeCollectiveProbe, InMemoryBaselines
 from pytest_gpulayout.tolerance import parse_tolerances
 from pytest_gpulayout.topology import Device, NvLinks, PcieLink, Topology
 from pytest_gpulayout.verdict import MetricVerdict, Status, Verdict
+from pytest_gpulayout.workload import Workload
 from tests.support.measurements import key
 
 PLAN = ProbePlan(hidden_size=4096)
@@ -260,6 +264,25 @@ def test_fewer_rounds_than_asked_for_are_no_measurement(store: InMemoryBaselines
     verdict, _ = judge_performance(short, inputs)
     assert verdict.status is Status.INVALID
     assert verdict.reasons[0].startswith("too-few-samples: 7 rounds were asked for, found 2 (probe start 1)")
+
+
+def test_a_key_tells_what_is_gated_and_what_noise_is_assumed() -> None:
+    named = parse_tolerances("all_reduce_batch1_us=30%")
+    of_links, of_server = identity().key, key()
+    assert gated_of(of_links, named) == probe_tolerances(named)
+    assert gated_of(of_server, named) == serving_tolerances(named)
+    assert documented_prior(of_links) == collectives.NOISE_PRIORS["cuda"]
+    assert documented_prior(of_server) == judging.NOISE_PRIORS["cuda"]
+
+
+def test_no_workload_has_the_name_of_the_probe() -> None:
+    with pytest.raises(WorkloadError, match="rename the workload"):
+        Workload(name=PLAN.name, input_tokens=1, output_tokens=1, requests=1, concurrency=1)
+
+
+def test_the_plan_of_a_document_is_the_plan() -> None:
+    plan = replace(PLAN, dtype="float32", rounds=3, decode_iterations=5, prefill_iterations=2)
+    assert plan_of_document(plan.to_document()) == plan
 
 
 def test_tolerances_of_servers_and_of_links_are_kept_apart() -> None:
