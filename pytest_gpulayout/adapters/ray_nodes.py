@@ -202,10 +202,14 @@ class RayNodes:
             last = errors.strip().rpartition("\n")[2] or "it ended without a word"
             told = ("unreachable", last)
         kind, text = told
+        if kind == "unreachable" and any(words in errors for words in _ASKS_FOR_TOKEN):
+            kind = "token"
         wanted, advice = _WORDS.get(kind, _WORDS["unreachable"])
         return NodeError(f"{wanted}: {text}\n  at RAY_ADDRESS={self._address}\n  {advice}", node=self._address)
 
 
+# Ray 2.60: its control store's answer, which Ray only logs, and its own word where it should have one and finds none.
+_ASKS_FOR_TOKEN = ("InvalidAuthToken", "no authentication token was found")
 _OR_NAME_THEM = "; without Ray: --gpu-nodes=NAME,NAME"
 _WORDS = {
     "missing": (
@@ -221,6 +225,11 @@ _WORDS = {
     "unreachable": (
         "a Ray cluster that answers is required, with this machine as one of its nodes",
         "see whether it does: ray status; join it: ray start --address=HEAD:6379" + _OR_NAME_THEM,
+    ),
+    "token": (
+        "the token of the Ray cluster is required",
+        "give it as its nodes have it: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN=..., RAY_AUTH_TOKEN_PATH=FILE or "
+        "~/.ray/auth_token" + _OR_NAME_THEM,
     ),
     "version": (
         "the Ray cluster's own versions of Ray and Python are required",

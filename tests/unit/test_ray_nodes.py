@@ -195,6 +195,22 @@ def test_the_agent_runs_in_ray_s_interpreter_unless_another_is_named() -> None:
             id="other versions",
         ),
         pytest.param(
+            {
+                "log": "[W 30042] gcs_client.cc:210: Failed to get cluster ID from GCS server: Unauthenticated: RPC "
+                "error: InvalidAuthToken: Authentication token is missing or incorrect\n",
+                "error": "Failed to connect to Ray cluster at 10.0.0.1:6379",
+            },
+            "10.0.0.1:6379",
+            ["the token of the Ray cluster is required", "Failed to connect to Ray cluster", "RAY_AUTH_TOKEN_PATH"],
+            id="another token",
+        ),
+        pytest.param(
+            {"error": "Token authentication is enabled but no authentication token was found.\nEnsure that ..."},
+            "auto",
+            ["the token of the Ray cluster is required: Token authentication is enabled", "RAY_AUTH_MODE=token"],
+            id="no token",
+        ),
+        pytest.param(
             {},
             "ray://10.0.0.1:10001",
             ["as its nodes know it is required", "at RAY_ADDRESS=ray://10.0.0.1:10001", "RAY_ADDRESS=auto"],

@@ -2,8 +2,8 @@
 
 What the cluster is like stands in the environment variable ``FAKE_RAY``, as JSON: ``nodes`` (id -> its entries),
 ``free`` (id -> names of its free GPUs), ``actors`` and ``jobs`` as Ray lists them, ``error`` (what joining ends
-with), ``silent`` (joining takes for ever), ``lost`` (ids of nodes whose actors have died). Actors are objects here,
-and their methods run in threads, as those of Ray's threaded actors do.
+with), ``log`` (what it writes before), ``silent`` (joining takes for ever), ``lost`` (ids of nodes whose actors have
+died). Actors are objects here, and their methods run in threads, as those of Ray's threaded actors do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ def init(**wish: Any) -> None:
     """Join, or end as the state says."""
     if STATE.get("silent"):
         threading.Event().wait()
+    sys.stderr.write(STATE.get("log", ""))
     if "error" in STATE:
         raise getattr(builtins, STATE.get("error_type", "ConnectionError"))(STATE["error"])
 
