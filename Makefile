@@ -53,7 +53,7 @@ test-unit: install
 	$(PYTEST) -n 2 -m "not end_to_end" tests/unit tests/contract $(ARGS)
 
 test-end-to-end: install compiler nginx
-	$(PYTEST) -n 2 -m end_to_end $(ARGS)
+	$(PYTEST) -n 2 -m "end_to_end and not real_vllm" $(ARGS)
 
 # The quick tests try a few hundred mutations; this tries FUZZ of each kind. 100000 take some ten minutes.
 FUZZ ?= 10000

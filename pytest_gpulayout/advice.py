@@ -163,10 +163,13 @@ def _is_held_back(table: LayoutTable, row: LayoutRow) -> bool:
 
 
 def _way(table: LayoutTable, row: LayoutRow) -> str:
-    """``over links of class PHB (PCIe) by SHM/direct``."""
-    links = f"over links of class {row.worst_link}{_kind_of(table, row.worst_link)}" if row.worst_link else ""
+    """``over links of class PHB (PCIe) by SHM/direct``, ``over the network of 2 nodes by NET/Socket``."""
+    ways = [f"links of class {row.worst_link}{_kind_of(table, row.worst_link)}"] if row.has_link else []
+    if row.layout.nodes > 1:
+        ways.append(f"the network of {row.layout.nodes} nodes")
+    over = f"over {_joined(ways)}" if ways else ""
     transport = f"by {row.transport}" if row.transport else ""
-    return " ".join(filter(None, (links, transport))) or "in a way that nobody looked at"
+    return " ".join(filter(None, (over, transport))) or "in a way that nobody looked at"
 
 
 def _kind_of(table: LayoutTable, link: str) -> str:

@@ -114,7 +114,12 @@ class LayoutRow:
     @property
     def communicates(self) -> bool:
         """Whether its ranks exchange data: by the layout itself, or, of a model with experts, by the links it has."""
-        return bool(self.layout.communicating_pairs()) or self.worst_link not in ("", "none needed")
+        return bool(self.layout.communicating_pairs()) or self.has_link
+
+    @property
+    def has_link(self) -> bool:
+        """Whether a link within a host is known that its ranks need."""
+        return self.worst_link not in ("", "none needed")
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,15 +108,23 @@ def test_a_layout_that_shares_the_work_well_wins_on_latency() -> None:
 
 def test_sockets_are_the_difference_between_two_layouts_that_are_else_the_same() -> None:
     near = row("tp2", 18, 20000, units=2, worst_link="NODE", transport="CPU/SHM")
-    far = row("tp2@2", 9, 40000, units=2, worst_link="NODE", transport="CPU/GLOO")
+    far = row("tp2@2", 9, 40000, units=2, worst_link="none needed", transport="CPU/GLOO")
 
     advice = advice_for(near, far, platform="cpu")
 
     assert set(advice.winners.values()) == {("tp2",)}
     assert "the ranks of tp2 share the work of each token over links of class NODE (memory of" in advice.sentence
     assert advice.sentence.endswith(
-        "the 2 ranks of tp2@2 exchange data in every step over links of class NODE (memory of one NUMA node) by "
-        "CPU/GLOO"
+        "the 2 ranks of tp2@2 exchange data in every step over the network of 2 nodes by CPU/GLOO"
+    )
+
+
+def test_ranks_of_several_on_each_node_use_links_and_the_network() -> None:
+    far = row("tp4@2", 9, 40000, worst_link="NV18", transport="P2P/CUMEM, NET/IB/0")
+
+    assert advice_for(TP1, far).sentence.endswith(
+        "the 4 ranks of tp4@2 exchange data in every step over links of class NV18 (NVLink) and the network of 2 "
+        "nodes by P2P/CUMEM, NET/IB/0"
     )
 
 
