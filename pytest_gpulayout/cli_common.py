@@ -12,6 +12,7 @@ from pytest_gpulayout.errors import GpuLayoutError
 if TYPE_CHECKING:
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.links import LinkRequirement
+    from pytest_gpulayout.topology import Topology
 
 T = TypeVar("T")
 
@@ -73,6 +74,27 @@ def read_text(path: str, required: str, advice: str) -> str:
         raise GpuLayoutError(
             f"{required}, found bytes that are no UTF-8: {error.reason}\n  in {path}\n  {advice}"
         ) from error
+
+
+def read_topology(source: str | None, otherwise: str) -> Topology:
+    """Read a recorded topology, or look at this machine's GPUs.
+
+    :param source: file, ``-`` for standard input; ``None`` for this machine.
+    :param otherwise: what to do where there is no GPU.
+    :raises TopologyError: it cannot be read, or there is no GPU here.
+    """
+    from pytest_gpulayout.errors import TopologyError
+
+    if source is not None:
+        from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
+
+        return RecordedTopology("/dev/stdin" if source == "-" else source).probe()
+    from pytest_gpulayout.adapters.nvml import NvmlTopology
+
+    try:
+        return NvmlTopology().probe()
+    except TopologyError as error:
+        raise TopologyError(f"{error}\n  or {otherwise}") from error
 
 
 def as_layout(text: str) -> Layout:

@@ -17,6 +17,7 @@ from pytest_gpulayout.cli_common import (
     as_layout,
     command,
     read_text,
+    read_topology,
     typed,
 )
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pytest_gpulayout.link_speeds import Network
     from pytest_gpulayout.links import LinkClass
     from pytest_gpulayout.plan_inputs import Machine, PlannedModel, ServerOptions
-    from pytest_gpulayout.topology import Topology
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
 _ADVICE = "give the config.json of a model, or its folder: --model CONFIG_OR_DIR"
@@ -185,7 +185,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
             "one description of GPUs and links was required, found a topology, and a count or a link beside it\n"
             "  in --gpu and --link\n  name only their kind, --gpu NAME, or leave --topology out"
         )
-    return machine_of(_topology(arguments.topology), spec, network)
+    topology = read_topology(arguments.topology, "say what to plan for: --gpu NAME:COUNT, or --topology FILE")
+    return machine_of(topology, spec, network)
 
 
 def _link(given: LinkClass | Literal["nvlink"] | None, spec: GpuSpec) -> LinkClass | None:
@@ -200,21 +201,6 @@ def _link(given: LinkClass | Literal["nvlink"] | None, spec: GpuSpec) -> LinkCla
             "  name a PCIe class: --link phb"
         )
     return LinkClass("NV", spec.nvlinks)
-
-
-def _topology(source: str | None) -> Topology:
-    from pytest_gpulayout.errors import TopologyError
-
-    if source is not None:
-        from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
-
-        return RecordedTopology("/dev/stdin" if source == "-" else source).probe()
-    from pytest_gpulayout.adapters.nvml import NvmlTopology
-
-    try:
-        return NvmlTopology().probe()
-    except TopologyError as error:
-        raise TopologyError(f"{error}\n  or say what to plan for: --gpu NAME:COUNT, or --topology FILE") from error
 
 
 def _options(arguments: argparse.Namespace) -> ServerOptions:

@@ -16,6 +16,7 @@ from pytest_gpulayout.cli_common import (
     as_layout,
     as_requirement,
     command,
+    read_topology,
     typed,
 )
 
@@ -56,7 +57,8 @@ def declare_topo(commands: Any) -> None:
 def _topo(arguments: argparse.Namespace) -> Outcome:
     from pytest_gpulayout.topology_document import topology_to_document
 
-    topology, layout, requirement = _topology(arguments.source), arguments.layout, arguments.require
+    topology = read_topology(arguments.source, "look at a recorded topology: gpulayout topo --from FILE")
+    layout, requirement = arguments.layout, arguments.require
     placement, failures = _placement(topology, layout, requirement)
     if requirement is not None and not failures:
         failures = _check(topology, layout, placement, requirement)
@@ -67,21 +69,6 @@ def _topo(arguments: argparse.Namespace) -> Outcome:
     if unsettled := _unsettled(topology, proved=requirement is not None and not failures and known):
         return Outcome(MISUSE, document, lines, unsettled)
     return Outcome(FAILED if failures else FINE, document, lines, failures)
-
-
-def _topology(source: str | None) -> Topology:
-    from pytest_gpulayout.errors import TopologyError
-
-    if source is not None:
-        from pytest_gpulayout.adapters.recorded_topology import RecordedTopology
-
-        return RecordedTopology("/dev/stdin" if source == "-" else source).probe()
-    from pytest_gpulayout.adapters.nvml import NvmlTopology
-
-    try:
-        return NvmlTopology().probe()
-    except TopologyError as error:
-        raise TopologyError(f"{error}\n  or look at a recorded topology: gpulayout topo --from FILE") from error
 
 
 def _placement(
