@@ -117,7 +117,7 @@ class Exchange:
         parser = httptools.HttpResponseParser(reader)
         try:
             for reader.now_ns, data in zip(self._stamps, self._raw, strict=True):
-                parser.feed_data(data)
+                _feed(parser, data)
         except httptools.HttpParserError:
             pass  # what came before the fault is kept, and the fault itself is the exchange's error
         return reader.pieces
@@ -140,7 +140,7 @@ class Exchange:
         fresh = self._raw[self._parsed :]
         self._parsed = len(self._raw)
         try:
-            self._parser.feed_data(fresh[0] if len(fresh) == 1 else b"".join(fresh))
+            _feed(self._parser, fresh[0] if len(fresh) == 1 else b"".join(fresh))
         except httptools.HttpParserError as error:
             if not self.complete:  # otherwise the fault lies in what nobody asked for
                 self.fail(self._stamps[-1], f"the answer is not HTTP: {error}")
@@ -151,6 +151,17 @@ class Exchange:
     def _forget_parser(self) -> None:
         # It refers to this object: a cycle that nothing would free while the garbage collector is off.
         self._parser = None
+
+
+def _feed(parser: httptools.HttpResponseParser, data: bytes) -> None:
+    """Parse, and let Ctrl-C through: httptools keeps whatever a callback raises, and raises an error of its own."""
+    try:
+        parser.feed_data(data)
+    except httptools.HttpParserCallbackError as error:
+        kept = error.__context__
+        if kept is not None and not isinstance(kept, Exception):
+            raise kept from None
+        raise
 
 
 class _BodyReader:

@@ -301,6 +301,16 @@ def test_a_connection_that_the_server_closes_while_it_is_idle_is_opened_again_an
     assert [trace.connect_ns > 0 for trace in run.requests] == [False, True, True, True]
 
 
+@pytest.mark.parametrize("callback", ["on_message_begin", "on_header", "on_headers_complete", "on_message_complete"])
+def test_ctrl_c_while_an_answer_is_parsed_is_not_lost(monkeypatch: pytest.MonkeyPatch, callback: str) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Exchange, callback, interrupted)
+    with StreamServer() as server, pytest.raises(KeyboardInterrupt):
+        drive(server, SMALL)
+
+
 def test_nobody_listens_any_more_for_a_due_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_gpulayout.adapters.openai_stream._MOST_OPENED_BEFORE", 1)
 
