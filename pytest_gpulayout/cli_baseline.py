@@ -62,12 +62,10 @@ def _list(arguments: argparse.Namespace) -> Outcome:
 
 
 def _entry(path: str, baseline: Baseline, today: str) -> dict[str, Any]:
-    from pytest_gpulayout.gated import gated_of
     from pytest_gpulayout.standing import stand
     from pytest_gpulayout.tolerance import parse_tolerances
 
-    tolerances = gated_of(baseline.key, parse_tolerances(""))
-    standing = stand(baseline, tolerances, today=today, starts=_GATE_STARTS)
+    standing = stand(baseline, parse_tolerances(""), today=today, starts=_GATE_STARTS)
     return {
         "path": path,
         "levels": len(baseline.levels()),
@@ -115,7 +113,7 @@ def _declare_show(verbs: Any) -> None:
 def _show(arguments: argparse.Namespace) -> Outcome:
     from dataclasses import asdict
 
-    from pytest_gpulayout.gated import documented_prior, gated_of
+    from pytest_gpulayout.gated import documented_prior
     from pytest_gpulayout.siblings import sibling_priors
     from pytest_gpulayout.standing import stand
 
@@ -123,8 +121,7 @@ def _show(arguments: argparse.Namespace) -> Outcome:
     baseline = read_baseline(store, arguments.path)
     priors = sibling_priors(store, baseline.key, documented_prior(baseline.key))
     today = arguments.today.isoformat()
-    tolerances = gated_of(baseline.key, arguments.tolerance)
-    standing = stand(baseline, tolerances, today=today, starts=arguments.starts, priors=priors)
+    standing = stand(baseline, arguments.tolerance, today=today, starts=arguments.starts, priors=priors)
     document = {
         "path": arguments.path,
         "key": asdict(baseline.key),

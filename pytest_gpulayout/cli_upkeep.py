@@ -149,7 +149,6 @@ def _prune_one(
 ) -> list[str]:
     """Prune what is there when it is written, which another writer may have changed since it was listed."""
     from pytest_gpulayout.baseline_text import baseline_from_text, baseline_to_text
-    from pytest_gpulayout.gated import gated_of
     from pytest_gpulayout.health import is_used
     from pytest_gpulayout.pruning import prune
 
@@ -164,8 +163,7 @@ def _prune_one(
             removed.append("all, since it is unused,")
             return None
         today = arguments.today.isoformat()
-        tolerances = gated_of(baseline.key, arguments.tolerance)
-        pruned = prune(baseline, tolerances, today=today, keep=arguments.keep, expired=arguments.expired)
+        pruned = prune(baseline, arguments.tolerance, today=today, keep=arguments.keep, expired=arguments.expired)
         removed.extend(pruned.removed)
         return baseline_to_text(pruned.baseline) if pruned.removed else text
 

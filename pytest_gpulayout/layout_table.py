@@ -31,7 +31,7 @@ from pytest_gpulayout.relative import (
     times_as_good,
     units_of,
 )
-from pytest_gpulayout.report import aligned, plural, quantity
+from pytest_gpulayout.report import NONE_NEEDED, aligned, plural, quantity
 from pytest_gpulayout.stats import SETTLED_DF, Effect, NoisePrior
 from pytest_gpulayout.telemetry import CPU, DeviceTelemetry, Telemetry
 from pytest_gpulayout.verdict import MetricSample
@@ -119,7 +119,7 @@ class LayoutRow:
     @property
     def has_link(self) -> bool:
         """Whether a link within a host is known that its ranks need."""
-        return self.worst_link not in ("", "none needed")
+        return self.worst_link not in ("", NONE_NEEDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +378,7 @@ def _facts(table: LayoutTable) -> Iterator[list[str]]:
 
 
 def _transport_cell(row: LayoutRow) -> str:
-    return row.transport or ("not seen" if row.communicates else "none needed")
+    return row.transport or ("not seen" if row.communicates else NONE_NEEDED)
 
 
 def figure_text(unit: str, level: Effect | None) -> str:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_gpulayout.baseline import Baseline, BaselineKey, is_measurement
 from pytest_gpulayout.errors import BaselineError, LayoutSyntaxError, MeasurementError
-from pytest_gpulayout.judging import NOISE_PRIORS, load_baseline, undisturbed
+from pytest_gpulayout.gated import documented_prior
+from pytest_gpulayout.judging import load_baseline, undisturbed
 from pytest_gpulayout.layout import Layout, parse_layout
 from pytest_gpulayout.metrics import SERVING
 from pytest_gpulayout.pairs import MOST_STORED_DF, spread_of_starts
@@ -156,7 +157,7 @@ def start_priors(store: BaselineStore | None, key: BaselineKey, *, before: str) 
     :param store: where sessions of this key may be; their spread is used, never their level.
     :param before: UTC, ISO 8601; sessions that were stored later may hold the very starts that are compared.
     """
-    documented = NOISE_PRIORS[key.hardware["platform"]]
+    documented = documented_prior(key)
     try:
         baseline = None if store is None else load_baseline(store, key)
     except BaselineError:

@@ -49,6 +49,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
+NONE_NEEDED = "none needed"
+"""In place of a link, or of transports, where no ranks communicate."""
+
+
 def devices_text(placed: PlacedLayout) -> str:
     """``2 x NVIDIA H200 (GPU 0, 1)``, or the cores of each rank; of several nodes one after the other."""
     return "; ".join(f"{_of_node(node.node)}{_devices_of_node(node)}" for node in placed.on_nodes)
@@ -73,7 +77,7 @@ def source_text(placed: PlacedLayout) -> str:
 def worst_link_text(placed: PlacedLayout) -> str:
     """The worst link between ranks that communicate."""
     if not placed.links:
-        return "none needed"
+        return NONE_NEEDED
     worst = placed.topology.worst(_device_pairs(placed))
     return "unknown" if worst is None else str(worst)
 
@@ -216,36 +220,34 @@ def server_record(server: Server) -> Record:
         "kind": "server",
         "layout": str(server.spec.layout),
         "model": server.spec.model,
-        "command": list(server.command),
+        **_start_document(server),
         "vllm_version": server.proof.vllm_version,
-        "system_fingerprint": server.proof.fingerprint,
-        "start_s": _start_s(server.proof),
         "binding": server.proof.binding,
-        "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
         "moe": server.proof.moe,
         "api_servers": server.proof.api_servers,
         "server_info": _info_document(server.proof),
         "nodes": [_node_document(node) for node in server.proof.nodes],
         "proxy": server.proof.proxy,
-        "replicas": [_replica_document(part) for part in server.parts()] if server.proof.proxy else [],
+        "replicas": [{"url": part.endpoint.url, **_start_document(part)} for part in _replicas(server)],
         "attached": server.endpoint.url if server.proof.is_attached else None,
         "proved": [str(statement) for statement in server.proof.statements if statement.is_proved],
         "not_proved": list(server.proof.not_proved),
     }
 
 
-def _start_s(proof: ServerProof) -> float | None:
-    return None if proof.start_s is None else round(proof.start_s, 1)
-
-
-def _replica_document(server: Server) -> Record:
+def _start_document(server: Server) -> Record:
+    """What is told of one server as of each of several behind a proxy."""
+    proof = server.proof
     return {
-        "url": server.endpoint.url,
         "command": list(server.command),
-        "system_fingerprint": server.proof.fingerprint,
-        "start_s": _start_s(server.proof),
-        "rank_pids": {str(rank): pid for rank, pid in sorted(server.proof.rank_pids.items())},
+        "system_fingerprint": proof.fingerprint,
+        "start_s": None if proof.start_s is None else round(proof.start_s, 1),
+        "rank_pids": {str(rank): pid for rank, pid in sorted(proof.rank_pids.items())},
     }
+
+
+def _replicas(server: Server) -> Sequence[Server]:
+    return server.parts() if server.proof.proxy else ()
 
 
 def _info_document(proof: ServerProof) -> Record | None:
@@ -472,7 +474,7 @@ def _layout_block(layout: str, records: Sequence[tuple[str, Record]]) -> list[st
     lines = [f"{layout}: {', '.join(facts)}".rstrip()]
     for node, topology in topologies.items():
         lines += [f"  {_of_node(node)}{sentence}" for sentence in (*topology["faults"], *topology["notes"])]
-    if transport and transport["summary"] != "none needed":
+    if transport and transport["summary"] != NONE_NEEDED:
         lines += [f"  {finding['cause']}: {finding['advice']}" for finding in transport["findings"]]
     if server:
         lines += [f"  not proved: {sentence}" for sentence in server.get("not_proved", [])]

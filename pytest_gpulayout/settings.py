@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -170,8 +170,9 @@ def settings_from_config(config: pytest.Config) -> Settings:
     may_write = read("write-in-ci", _choice("write-in-ci")) == "yes" or not is_ci(os.environ)
     attach = _attach(config, read)
     base = _base(config, read)
+    layouts = read("layout", lambda text: tuple(dict.fromkeys(parse_layout(part) for part in text.split(","))))
     return Settings(
-        layouts=read("layout", lambda text: tuple(dict.fromkeys(parse_layout(part) for part in text.split(",")))),
+        layouts=layouts,
         model=read("model", str if attach else check_model) if raw_value(config, "model") else None,
         vllm_args=read("vllm-args", parse_vllm_arguments),
         platform=cast("Platform", read("platform", _choice("platform"))),
@@ -189,7 +190,7 @@ def settings_from_config(config: pytest.Config) -> Settings:
         tolerances=read("tolerance", parse_tolerances),
         base=base,
         attach=attach,
-        nodes=_nodes(config, read),
+        nodes=_nodes(config, read, layouts),
         starts=read("starts", partial(_starts, is_paired=base is not None, is_attached=attach is not None)),
         budget_s=read("budget", _positive()) if raw_value(config, "budget") else None,
         inconclusive=cast("Literal['warn', 'fail']", read("inconclusive", _choice("inconclusive"))),
@@ -330,7 +331,9 @@ def _attach(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], A
     return replace(choice, nccl_logs=str(folder / Path(pattern).expanduser()))
 
 
-def _nodes(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], Any]) -> NodeChoice:
+def _nodes(
+    config: pytest.Config, read: Callable[[str, Callable[[str], Any]], Any], layouts: Sequence[Layout]
+) -> NodeChoice:
     """Read the options on nodes, and refuse what cannot go with a layout over several."""
     choice = NodeChoice(
         names=read("nodes", parse_nodes),
@@ -338,7 +341,6 @@ def _nodes(config: pytest.Config, read: Callable[[str, Callable[[str], Any]], An
         python=raw_value(config, "node-python") or sys.executable,
         master_addr=raw_value(config, "master-addr") or None,
     )
-    layouts: list[Layout] = read("layout", lambda text: [parse_layout(part) for part in text.split(",")])
     widest = max(layouts, key=lambda layout: layout.nodes)
     if 0 < len(choice.names) < widest.nodes:
         raise pytest.UsageError(

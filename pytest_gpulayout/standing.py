@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from pytest_gpulayout.baseline import Baseline, Reference
 from pytest_gpulayout.bimodality import Mode, find_modes
-from pytest_gpulayout.gated import documented_prior
+from pytest_gpulayout.gated import documented_prior, gated_of
 from pytest_gpulayout.judging import PriorOf
 from pytest_gpulayout.metrics import METRICS
 from pytest_gpulayout.reasons import FEW_SESSIONS
@@ -93,11 +93,11 @@ def stand(
 ) -> Standing:
     """Work out what a baseline is worth today.
 
-    :param tolerances: the gated metrics. :param today: ISO 8601 date, for waivers.
+    :param tolerances: of the gated metrics of all keys. :param today: ISO 8601 date, for waivers.
     :param starts: that a gate may make. :param priors: what is assumed of the noise, where not the documented prior.
     """
     reference = baseline.reference(today=today)
-    documented = documented_prior(baseline.key)
+    documented, tolerances = documented_prior(baseline.key), gated_of(baseline.key, tolerances)
     found = []
     for name in METRICS:
         level, others = reference.level_samples(name), reference.other_samples(name)

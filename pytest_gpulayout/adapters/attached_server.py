@@ -20,7 +20,7 @@ from pytest_gpulayout.adapters.cpu_host import BIND_VARIABLE, CpuTopology
 from pytest_gpulayout.adapters.keeper import mapped_segments
 from pytest_gpulayout.adapters.nccl_capture import NCCL_SUBSYSTEMS
 from pytest_gpulayout.adapters.running_server import Role, RunningServer, find_running_server
-from pytest_gpulayout.adapters.server_address import Asker, locate
+from pytest_gpulayout.adapters.server_address import locate
 from pytest_gpulayout.adapters.server_processes import SeenProcesses, processes_behind
 from pytest_gpulayout.adapters.sse import error_message
 from pytest_gpulayout.adapters.surroundings import read_surroundings
@@ -379,11 +379,7 @@ class AttachedServer:
         :raises ServerExited: it does not, or it was started anew meanwhile.
         """
         try:
-            asker = Asker(locate(self.endpoint, _ANSWER_S), _ANSWER_S)
-            try:
-                status, _ = asker.ask("GET", "/health")
-            finally:
-                asker.close()
+            status, _ = locate(self.endpoint, _ANSWER_S).ask("GET", "/health", timeout_s=_ANSWER_S)
             started_s = process_start(self.endpoint, connections=1) if status < _BROKEN else None
         except (MeasurementError, ServerStartFailed) as error:
             raise self._gone(str(error)) from error
@@ -432,11 +428,8 @@ def first_completion(endpoint: Endpoint) -> str:
     :raises MeasurementError: no answer. :raises ServerStartFailed: it cannot compute.
     """
     body = {"model": endpoint.model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}
-    asker = Asker(locate(endpoint, _ANSWER_S), _COMPLETION_S)
-    try:
-        status, answer = asker.ask("POST", "/v1/completions", orjson.dumps(body))
-    finally:
-        asker.close()
+    address = locate(endpoint, _ANSWER_S)
+    status, answer = address.ask("POST", "/v1/completions", orjson.dumps(body), timeout_s=_COMPLETION_S)
     if status != HTTPStatus.OK:
         raise ServerStartFailed(
             f"a completion was required of the server, found HTTP {status}: {error_message(answer)}\n"

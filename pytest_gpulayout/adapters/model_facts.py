@@ -74,13 +74,10 @@ def sizes_of(model: str, arguments: Sequence[str]) -> ModelSizes:
     if any(name.replace("_", "-").startswith(_OTHER_CONFIG) for name in arguments):
         return ModelSizes()
     path = _config_path(model, arguments)
-    config = _read_config(model, arguments)
+    config = _read(path)
     if path is None or not config:
         return ModelSizes()
-    inner = config.get("text_config")
-    layers = config.get("num_hidden_layers") or (
-        inner.get("num_hidden_layers") if isinstance(inner, Mapping) else None
-    )
+    layers = config.get("num_hidden_layers") or _text_model(config).get("num_hidden_layers")
     return ModelSizes(layers if isinstance(layers, int) else None, _experts_in(config), str(path))
 
 
@@ -92,9 +89,7 @@ def hidden_size_of(model: str, arguments: Sequence[str]) -> int | None:
     :param arguments: of the server; ``--revision`` and ``--download-dir`` count.
     """
     config = _read_config(model, arguments)
-    inner = config.get("text_config")
-    parts = [inner, config] if isinstance(inner, Mapping) else [config]
-    sizes = (part.get(name) for part in parts for name in _HIDDEN_SIZE)
+    sizes = (part.get(name) for part in (_text_model(config), config) for name in _HIDDEN_SIZE)
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 
 
@@ -109,7 +104,10 @@ def argument_of(arguments: Sequence[str], *names: str) -> str | None:
 
 
 def _read_config(model: str, arguments: Sequence[str]) -> Mapping[str, Any]:
-    path = _config_path(model, arguments)
+    return _read(_config_path(model, arguments))
+
+
+def _read(path: Path | None) -> Mapping[str, Any]:
     try:
         document = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # the server refuses such a model itself
@@ -135,9 +133,14 @@ def _experts_in(config: Mapping[str, Any]) -> int | None:
 
 def _of_text_model(config: Mapping[str, Any], name: str) -> str:
     """A value of the config, or of the part that is the language model in one that sees and hears, too."""
-    inner = config.get("text_config")
-    found = config.get(name) or (inner.get(name) if isinstance(inner, Mapping) else None)
+    found = config.get(name) or _text_model(config).get(name)
     return found if isinstance(found, str) else ""
+
+
+def _text_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that is the language model in one that sees and hears, too; nothing in others."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else {}
 
 
 def _cached_config(model: str, arguments: Sequence[str]) -> Path | None:

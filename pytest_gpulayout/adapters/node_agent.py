@@ -200,9 +200,12 @@ class NodeAgent:
         """
         for name, value in environment.items():
             os.environ.setdefault(name, value)
+        return self._begin(NodePart, request, devices)
+
+    def _begin(self, kind: type[NodePart], request: PartRequest, devices: Sequence[int]) -> dict[str, Any]:
         self._parts += 1
         locks = self._locks or LentLocks((), ())
-        part = NodePart(request, self._chosen(devices), self._folder / str(self._parts), locks, self._watch)
+        part = kind(request, self._chosen(devices), self._folder / str(self._parts), locks, self._watch)
         self._part, self._locks, self._is_running = part, None, True  # it frees the locks when it has ended
         part.begin()
         return {"command": list(part.command), "port": part.port, "binding": part.binding}

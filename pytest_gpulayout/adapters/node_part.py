@@ -17,17 +17,14 @@ import psutil
 
 from pytest_gpulayout.adapters.device_lock import DeviceLocks, LentLocks
 from pytest_gpulayout.adapters.numa_binding import bind_server
-from pytest_gpulayout.adapters.vllm_process import GpuWatch, VllmServer, require_vllm
+from pytest_gpulayout.adapters.vllm_process import NUMA_OPTION, GpuWatch, VllmServer, require_vllm
 from pytest_gpulayout.errors import ServerStartFailed
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.ports import Platform, ServerSpec
 from pytest_gpulayout.topology import Device
 
 _FOLLOWER = ("-m", "pytest_gpulayout.adapters.headless_vllm", "serve")
-_NUMA_OPTION = "--numa-bind"
 _RPC_OPTION = "--data-parallel-rpc-port"
-
-
 _RANK_ENDED = 1
 
 
@@ -68,7 +65,7 @@ class NodePart(VllmServer):
         options = require_vllm(sys.executable)
         _require_model(request["model"])
         spec = _spec_here(request, devices)
-        binding = bind_server(spec, has_flag=_NUMA_OPTION in options)
+        binding = bind_server(spec, has_flag=NUMA_OPTION in options)
         folder.mkdir()
         super().__init__(
             spec, folder, locks, binding, watch, options=options, api_key=request["api_key"], run_in=folder
@@ -111,11 +108,6 @@ class NodePart(VllmServer):
             except psutil.Error:
                 continue
         return found
-
-    def note_segments(self) -> None:
-        """Let the keeper remember the shared memory that is mapped now."""
-        if self._kept is not None:
-            self._kept.note_segments()
 
 
 def _runs(process: psutil.Process) -> bool:

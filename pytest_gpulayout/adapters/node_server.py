@@ -29,8 +29,8 @@ from pytest_gpulayout.adapters.vllm_process import VllmServer
 from pytest_gpulayout.errors import DevicesBusy, NodeError, NodeLost, ServerError, ServerStartFailed
 from pytest_gpulayout.nodes import head_address, joined_occupancy, ranks_of
 from pytest_gpulayout.occupancy import OccupancyReport
-from pytest_gpulayout.ports import Endpoint, NodeProof, Progress, ServerProof, ServerSpec, Watch
-from pytest_gpulayout.process_titles import api_servers, has_joined_engines, rank_pids
+from pytest_gpulayout.ports import Endpoint, NodeProof, Progress, ServerSpec, Watch
+from pytest_gpulayout.process_titles import rank_pids
 from pytest_gpulayout.server_window import ServerWindow
 from pytest_gpulayout.surroundings import Surroundings
 from pytest_gpulayout.telemetry import Telemetry
@@ -137,6 +137,7 @@ class NodeServer(VllmServer):
         self.endpoint = Endpoint(f"http://{shown}:{port}", self.spec.model, request["api_key"])
         self.command = list(head.command)
         on_each(followers, lambda part: part.start({**request, "node_rank": part.node.rank}))
+        self.binding = "; ".join(f"node {part.name}: {part.binding}" for part in self._parts if part.binding)
         self._follower = threading.Thread(target=self._follow, name=f"nodes of {self.spec.layout}", daemon=True)
         self._follower.start()
 
@@ -156,24 +157,11 @@ class NodeServer(VllmServer):
 
     def finish_start(self, progress: Progress) -> None:
         """Return when the server that was begun has proved itself; see :meth:`start`."""
-        self._wait_for_health(self._started_s, progress)
-        progress(f"{self.spec.layout}: first completion")
-        fingerprint = self._first_completions()
-        start_s = time.monotonic() - self._started_s
-        version = self._prove_layout(fingerprint)
-        info = self._prove_configuration()
-        ranks, titles = self._prove_ranks_by_node()
-        self.proof = ServerProof(
-            version,
-            fingerprint,
-            ranks,
-            start_s,
-            binding="; ".join(f"node {part.name}: {part.binding}" for part in self._parts if part.binding),
-            moe=has_joined_engines(titles),
-            info=info,
-            api_servers=api_servers(titles),
-            nodes=tuple(map(_node_proof, self._parts)),
-        )
+        super().finish_start(progress)
+        self.proof = replace(self.proof, nodes=tuple(map(_node_proof, self._parts)))
+
+    def note_segments(self) -> None:
+        """Let the keepers of all nodes remember the shared memory that is mapped now."""
         on_each(self._parts, RemotePart.note)
 
     def ask_to_end(self) -> None:
@@ -260,7 +248,7 @@ class NodeServer(VllmServer):
         found = [(part.name, part.ranks.start, own) for part, own in zip(self._parts, reports, strict=True) if own]
         return joined_occupancy(found) if len(found) == len(self._parts) else None
 
-    def _prove_ranks_by_node(self) -> tuple[dict[int, int], list[str]]:
+    def _prove_ranks(self) -> tuple[dict[int, int], list[str]]:
         """Return the process of each rank, and all titles; every rank must be on its own node."""
         every: dict[int, int] = {}
         every_title: list[str] = []

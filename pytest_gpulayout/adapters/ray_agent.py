@@ -28,7 +28,7 @@ from pytest_gpulayout.adapters import node_agent
 from pytest_gpulayout.adapters.device_lock import DeviceLocks, LentLocks
 from pytest_gpulayout.adapters.node_agent import NodeAgent
 from pytest_gpulayout.adapters.node_part import NodePart, PartRequest
-from pytest_gpulayout.adapters.vllm_process import GpuWatch
+from pytest_gpulayout.adapters.vllm_process import NUMA_OPTION, GpuWatch
 from pytest_gpulayout.layout import parse_layout
 from pytest_gpulayout.ray_placement import RAY_ARGUMENTS
 from pytest_gpulayout.topology import Device
@@ -36,7 +36,6 @@ from pytest_gpulayout.topology import Device
 WORKERS_S = 40.0
 """How long workers may take to end once the server is asked to; that has 35 s for itself."""
 
-_NUMA_OPTION = "--numa-bind"
 _BESIDE_RAY = ("(vLLM's", "workers,", "started", "by", "Ray)")
 # Ray's workers write NCCL's files where the whole cluster has a folder; they go with the agent, however that ends.
 _SWEEPER = """
@@ -66,7 +65,10 @@ class RayPart(NodePart):
         of_one_host = str(replace(parse_layout(request["layout"]), nodes=1))
         super().__init__({**request, "layout": of_one_host, "node_rank": 0}, devices, folder, locks, watch)
         self.serves = request["node_rank"] == 0
-        self.command = command_with_ray(self.command, request["arguments"]) if self.serves else list(_BESIDE_RAY)
+        if self.serves:
+            self.command = command_with_ray(self.command, request["arguments"])
+        else:
+            self.command, self.binding = list(_BESIDE_RAY), ""
 
     def begin(self) -> None:
         """Start the API server, where this is its node."""
@@ -116,7 +118,7 @@ def command_with_ray(command: Sequence[str], arguments: Sequence[str]) -> list[s
     own = len(command) - len(arguments)
     words, skipped = list[str](), False
     for word in command[:own]:
-        skipped = word.startswith(_NUMA_OPTION) or (skipped and not word.startswith("-"))
+        skipped = word.startswith(NUMA_OPTION) or (skipped and not word.startswith("-"))
         if not skipped:
             words.append(word)
     behind_port = words.index("--port") + 2
@@ -156,12 +158,7 @@ class RayAgent(NodeAgent):
                 start_new_session=True,
             )
         )
-        self._parts += 1
-        locks = self._locks or LentLocks((), ())
-        part = RayPart(request, self._chosen(devices), self._folder / str(self._parts), locks, self._watch)
-        self._part, self._locks, self._is_running = part, None, True  # it frees the locks when it has ended
-        part.begin()
-        return {"command": list(part.command), "port": part.port, "binding": part.binding if part.serves else ""}
+        return self._begin(RayPart, request, devices)
 
     def close(self) -> None:
         """End everything; may be called again."""

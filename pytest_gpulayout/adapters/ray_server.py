@@ -107,7 +107,7 @@ class RayServer(NodeServer):
         with self._ray.held(layout, chosen):
             super().start(progress)
 
-    def _prove_ranks_by_node(self) -> tuple[dict[int, int], list[str]]:
+    def _prove_ranks(self) -> tuple[dict[int, int], list[str]]:
         """Return the process of each rank, and the titles of the first node; every rank must be on its own node."""
         head, *_ = self._ray_parts
         titles = {pid: process.title for pid, process in head.processes().items()}

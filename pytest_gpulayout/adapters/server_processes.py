@@ -10,12 +10,12 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
+from pytest_gpulayout.adapters.process_table import parents_of, title_of
 from pytest_gpulayout.adapters.server_address import ServerAddress
 from pytest_gpulayout.layout import Layout
 from pytest_gpulayout.process_titles import has_joined_engines, rank_pids
@@ -91,8 +91,8 @@ def _around(listener: psutil.Process, layout: Layout) -> SeenProcesses | None:
     """The ranks below the listener; below those above it where it is one of several front ends."""
     for top in (listener, *_vllm_above(listener)):
         processes = [top, *top.children(recursive=True)]
-        titles = {process.pid: _title(process) for process in processes}
-        ranks = rank_pids(layout, titles, _parents(processes))
+        titles = {process.pid: title_of(process) for process in processes}
+        ranks = rank_pids(layout, titles, parents_of(processes))
         if set(ranks) == set(range(layout.ranks)):
             return SeenProcesses(top.pid, titles, ranks)
     return None
@@ -101,21 +101,6 @@ def _around(listener: psutil.Process, layout: Layout) -> SeenProcesses | None:
 def _vllm_above(process: psutil.Process) -> Iterator[psutil.Process]:
     """Its parents, as long as they are vLLM: a shell or a test may be above several servers."""
     for parent in process.parents():
-        if "vllm" not in _title(parent).lower():
+        if "vllm" not in title_of(parent).lower():
             return
         yield parent
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:
-        return ""
-
-
-def _parents(processes: list[psutil.Process]) -> dict[int, int]:
-    found = {}
-    for process in processes:
-        with suppress(psutil.Error):
-            found[process.pid] = process.ppid()
-    return found

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from pytest_gpulayout.adapters.http_session import open_session
 from pytest_gpulayout.adapters.kept_process import KeptProcess, describe_exit
 from pytest_gpulayout.adapters.nccl_capture import NCCL_SUBSYSTEMS, NcclCapture
 from pytest_gpulayout.adapters.numa_binding import Binding, bind_server
+from pytest_gpulayout.adapters.process_table import parents_of, title_of
 from pytest_gpulayout.adapters.surroundings import read_surroundings
 from pytest_gpulayout.errors import ServerError, ServerExited, ServerStartFailed, ServerStartTimeout
 from pytest_gpulayout.fingerprint import parse_fingerprint
@@ -66,7 +67,7 @@ for folder in map(pathlib.Path, spec.submodule_search_locations or ()):
             if '"' + option + '"' in text or field in text:
                 print(option)
 """
-_NUMA_OPTION = "--numa-bind"
+NUMA_OPTION = "--numa-bind"
 _TIMINGS_OPTION = "--enable-per-request-metrics"
 _MIDDLEWARE_OPTION = "--middleware"
 _ENGINE_HEADER = "X-data-parallel-rank"  # vllm/entrypoints/generate/base/serving.py, _get_data_parallel_rank
@@ -190,7 +191,7 @@ def prepare_server(
     :param api_key: ``None`` for a key of its own.
     :param cpus: that all of its processes are kept on; empty for those that are near its devices.
     """
-    binding = bind_server(spec, has_flag=_NUMA_OPTION in place.options)
+    binding = bind_server(spec, has_flag=NUMA_OPTION in place.options)
     if cpus:
         binding = replace(binding, cpus=frozenset(cpus), words=f"all processes on cores {format_cpus(sorted(cpus))}")
     place.folder.mkdir(parents=True)
@@ -262,15 +263,13 @@ class VllmServer:
 
     def finish_start(self, progress: Progress) -> None:
         """Return when the server that was begun has proved itself; see :meth:`VllmLauncher.launch`."""
-        assert self._kept is not None
         self._wait_for_health(self._started_s, progress)
         progress(f"{self.spec.layout}: first completion")
         fingerprint = self._first_completions()
         start_s = time.monotonic() - self._started_s
         version = self._prove_layout(fingerprint)
         info = self._prove_configuration()
-        ranks = self._prove_ranks()
-        titles = self.pids().values()
+        ranks, titles = self._prove_ranks()
         self.proof = ServerProof(
             version,
             fingerprint,
@@ -281,7 +280,12 @@ class VllmServer:
             info=info,
             api_servers=api_servers(titles),
         )
-        self._kept.note_segments()
+        self.note_segments()
+
+    def note_segments(self) -> None:
+        """Let the keeper remember the shared memory that is mapped now."""
+        if self._kept is not None:
+            self._kept.note_segments()
 
     def ask_to_end(self) -> None:
         """Begin to end it, so that several servers can end side by side; :meth:`stop` waits."""
@@ -328,7 +332,7 @@ class VllmServer:
 
     def pids(self) -> Mapping[int, str]:
         """Return the server's processes now, pid -> title."""
-        return {process.pid: _title(process) for process in self._processes()}
+        return {process.pid: title_of(process) for process in self._processes()}
 
     def gpu_processes(self) -> OccupancyReport | None:
         """Return on which GPUs its processes compute now; ``None`` where nobody was asked before the start."""
@@ -435,10 +439,11 @@ class VllmServer:
         except requests.RequestException:  # also an answer that is no JSON
             return None
 
-    def _prove_ranks(self) -> Mapping[int, int]:
+    def _prove_ranks(self) -> tuple[Mapping[int, int], Collection[str]]:
+        """Return the process of each rank, and the titles of all processes."""
         processes = list(self._processes())
-        titles = {process.pid: _title(process) for process in processes}
-        found = rank_pids(self.spec.layout, titles, _parents(processes))
+        titles = {process.pid: title_of(process) for process in processes}
+        found = rank_pids(self.spec.layout, titles, parents_of(processes))
         missing = sorted(set(range(self.spec.layout.ranks)) - set(found))
         if missing:
             table = ", ".join(sorted(title for title in titles.values() if "VLLM::" in title)) or "no VLLM::..."
@@ -449,7 +454,7 @@ class VllmServer:
                 f"  vLLM names its processes with setproctitle: {self.spec.python} -m pip install setproctitle",
                 command=self.command,
             )
-        return found
+        return found, titles.values()
 
     # -- the process tree ------------------------------------------------------------------------------------------
 
@@ -509,7 +514,7 @@ def require_vllm(python: str) -> frozenset[str]:
         moved before; importing it would take longer than all the rest.
     :raises ServerStartFailed: it has not, with the command that installs it; or it cannot be run.
     """
-    command = [python, "-c", _FIND_VLLM, _NUMA_OPTION, _TIMINGS_OPTION, _MIDDLEWARE_OPTION]
+    command = [python, "-c", _FIND_VLLM, NUMA_OPTION, _TIMINGS_OPTION, _MIDDLEWARE_OPTION]
     try:
         done = subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE, text=True)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -621,21 +626,6 @@ def _short(folder: Path | str) -> str:
 
 def _inductor_cache() -> str:
     return str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()).strip()
-    except psutil.Error:
-        return ""
-
-
-def _parents(processes: Sequence[psutil.Process]) -> dict[int, int]:
-    found = {}
-    for process in processes:
-        with suppress(psutil.Error):
-            found[process.pid] = process.ppid()
-    return found
 
 
 def _tail(path: Path, lines: int) -> list[str]:
