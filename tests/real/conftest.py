@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MAKE_MODEL = ROOT / "examples" / "model_repo" / "make_model.py"
 VLLM_ARGUMENTS = "--load-format dummy --enforce-eager --max-model-len 2048"
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.support.busy_machine")
 
 
 def shared_memory(pattern: str = "*") -> set[str]:
@@ -43,7 +44,7 @@ class Gate:
 
     def command(self, *arguments: str) -> list[str]:
         base = ["--gpu-platform=cpu", f"--gpu-model={self.model}", f"--gpu-vllm-args={VLLM_ARGUMENTS}"]
-        return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *base, *arguments]
+        return [*PYTEST, *base, *arguments]
 
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         """Without ``CI``, in which nothing is recorded."""

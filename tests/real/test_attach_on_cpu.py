@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from pytest_gpulayout.adapters.vllm_process import free_port
-from tests.real.conftest import VLLM_ARGUMENTS, Gate
+from tests.real.conftest import PYTEST, VLLM_ARGUMENTS, Gate
 from tests.support.processes import end_with_segments, wait_until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.xdist_group("real vllm")]
@@ -77,8 +77,8 @@ def gate(make_gate: Callable[[], Gate]) -> Gate:
 
 def attach(gate: Gate, url: str, *arguments: str, key: str = KEY) -> subprocess.CompletedProcess[str]:
     """Gate the server as a user would who knows nothing but its address."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--gpu-platform=cpu", "-ra"]
-    command += [f"--gpu-server-url={url}", MARGINS, "--gpu-results=results.json", *arguments]
+    command = [*PYTEST, "--gpu-platform=cpu", "-ra", f"--gpu-server-url={url}", MARGINS]
+    command += ["--gpu-results=results.json", *arguments]
     return subprocess.run(
         command,
         cwd=gate.folder,
