@@ -214,7 +214,7 @@ class LayoutGates:
         return Contestant(
             one.measurement,
             lambda measurement: self._performance.measure_on(one.spec, measurement),
-            self._priors(one.measurement.identity.key)(claim.base_metric),
+            self._priors(one.measurement.identity.key, one.measurement.seconds)(claim.base_metric),
         )
 
     def _grown(self, before: Measured, after: Measurement) -> None:
@@ -288,13 +288,13 @@ class LayoutGates:
             self._summary = RunSummary((*lines, *left_out), tuple(documents))
         return self._summary
 
-    def _priors(self, key: BaselineKey) -> PriorOf:
+    def _priors(self, key: BaselineKey, seconds: float) -> PriorOf:
         """What is assumed of the spread between starts; where the store cannot be opened, what is documented."""
         try:
             store: BaselineStore | None = self._wiring.store()
         except GpuLayoutError:
             store = None
-        return start_priors(store, key, before=self._began_utc)
+        return start_priors(store, key, seconds=seconds, before=self._began_utc)
 
 
 def unjudged(measurement: Measurement, why: str) -> Verdict | None:

@@ -39,8 +39,9 @@ from pytest_gpulayout.verdict import MetricSample
 if TYPE_CHECKING:
     from pytest_gpulayout.report import Record
 
-PriorsOf = Callable[[BaselineKey], PriorOf]
-"""What is assumed of the spread between starts, by key; see :func:`~pytest_gpulayout.relative.start_priors`."""
+PriorsOf = Callable[[BaselineKey, float], PriorOf]
+"""What is assumed of the spread between starts, by key and by the seconds that one of them measured; see
+:func:`~pytest_gpulayout.relative.start_priors`."""
 
 OUTSIDE = 0.025
 """Probability beyond either end of an interval of the table: 95 % intervals."""
@@ -297,7 +298,7 @@ def _row(record: Record, facts: Sequence[Record], priors_of: PriorsOf) -> Layout
         for name, found in samples.items()
         if len(found) == len(runs) and all(is_measurement(sample.batches) for sample in found)
     }
-    prior_of = priors_of(key)
+    prior_of = priors_of(key, fmean(run["duration"] for run in runs))
     priors = {name: prior_of(name) for name in known}
     of_layout = [fact for fact in facts if fact["layout"] == key.layout]
     return LayoutRow(

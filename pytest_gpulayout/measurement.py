@@ -140,6 +140,11 @@ class Measurement:
         shorter._found.update(before(self._found))
         return shorter
 
+    @property
+    def seconds(self) -> float:
+        """How long a server start measured, the mean of all; 0 where there is none."""
+        return sum(run.duration_s for run in self.runs) / max(len(self.runs), 1)
+
     def batch_metrics(self) -> list[list[dict[str, float]]]:
         """Return (n_starts,) of (n_batches,) metrics by name.
 

@@ -149,15 +149,21 @@ PriorOf = Callable[[str], NoisePrior]
 """What is assumed of the spread between starts, by metric."""
 
 
-def start_priors(store: BaselineStore | None, key: BaselineKey, *, before: str) -> PriorOf:
+PRIOR_SECONDS = 10.0
+"""How long a start has to measure for the documented spread to hold. A machine is faster in one second than in the
+next, so shorter starts spread more: about by the square root (docs/comparing-layouts.md has the figures)."""
+
+
+def start_priors(store: BaselineStore | None, key: BaselineKey, *, seconds: float, before: str) -> PriorOf:
     """Return what to assume of the spread between starts of a layout.
 
     That of its stored starts, with the documented one until they are enough to tell by themselves.
 
     :param store: where sessions of this key may be; their spread is used, never their level.
+    :param seconds: that a start has measured, more than 0; below :data:`PRIOR_SECONDS` more spread is assumed.
     :param before: UTC, ISO 8601; sessions that were stored later may hold the very starts that are compared.
     """
-    documented = documented_prior(key)
+    documented = _at(seconds, documented_prior(key))
     try:
         baseline = None if store is None else load_baseline(store, key)
     except BaselineError:
@@ -181,6 +187,16 @@ def start_priors(store: BaselineStore | None, key: BaselineKey, *, before: str) 
         )
 
     return prior_of
+
+
+def _at(seconds: float, prior: NoisePrior) -> NoisePrior:
+    if seconds >= PRIOR_SECONDS:
+        return prior
+    return replace(
+        prior,
+        start_sd=prior.start_sd * math.sqrt(PRIOR_SECONDS / seconds),
+        source=f"{prior.source} for starts that measure less than {PRIOR_SECONDS:g} s",
+    )
 
 
 # -- the verdict -------------------------------------------------------------------------------------------------

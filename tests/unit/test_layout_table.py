@@ -222,7 +222,7 @@ def performance(measurement: Measurement, *, status: Status = Status.PASS, reaso
 
 def compared(*records: Record, price: float | None = None) -> tuple[tuple[LayoutTable, ...], tuple[str, ...]]:
     tests = [(f"t.py::test[{record['layout']}]", json.loads(json.dumps(record))) for record in records]
-    return compare_layouts(tests, priors_of=lambda key: lambda _: NOISE_PRIORS["cuda"], hour_cost_usd=price)
+    return compare_layouts(tests, priors_of=lambda key, seconds: lambda _: NOISE_PRIORS["cuda"], hour_cost_usd=price)
 
 
 def test_layouts_of_one_load_stand_in_one_table_the_smallest_first() -> None:

@@ -163,11 +163,11 @@ BEFORE = "2026-11-21T00:00:00Z"
 
 def test_without_stored_starts_the_documented_spread_is_assumed() -> None:
     for store in (None, InMemoryBaselines(), stored([1.0]), InMemoryBaselines({key().path: "{"})):
-        assert start_priors(store, key(), before=BEFORE)("median_tpot_ms") == NOISE_PRIORS["cuda"]
+        assert start_priors(store, key(), seconds=10, before=BEFORE)("median_tpot_ms") == NOISE_PRIORS["cuda"]
 
 
 def test_few_stored_starts_are_weighed_with_the_documented_spread() -> None:
-    prior = start_priors(stored([0.98, 1.0, 1.02]), key(), before=BEFORE)("median_tpot_ms")
+    prior = start_priors(stored([0.98, 1.0, 1.02]), key(), seconds=10, before=BEFORE)("median_tpot_ms")
 
     squares = sum((math.log(f) - math.log(0.98 * 1.02) / 3) ** 2 for f in (0.98, 1.0, 1.02))
     assert prior.start_df == 6
@@ -177,18 +177,35 @@ def test_few_stored_starts_are_weighed_with_the_documented_spread() -> None:
 
 def test_enough_stored_starts_take_its_place() -> None:
     store = stored(*[[0.9, 1.0, 1.1]] * 4)
-    prior = start_priors(store, key(), before=BEFORE)("median_tpot_ms")
+    prior = start_priors(store, key(), seconds=10, before=BEFORE)("median_tpot_ms")
 
     assert prior.start_df == 8
     assert prior.start_sd == pytest.approx(0.1004, abs=5e-4)
     assert prior.source == "the stored starts"
-    assert start_priors(stored(*[[0.9, 1.0, 1.1]] * 30), key(), before=BEFORE)("median_tpot_ms").start_df == 16
+    many = start_priors(stored(*[[0.9, 1.0, 1.1]] * 30), key(), seconds=10, before=BEFORE)
+    assert many("median_tpot_ms").start_df == 16
 
 
 def test_what_this_run_has_stored_is_not_taken_for_other_evidence() -> None:
     store = stored([0.9, 1.0, 1.1], recorded=BEFORE)
 
-    assert start_priors(store, key(), before=BEFORE)("median_tpot_ms") == NOISE_PRIORS["cuda"]
+    assert start_priors(store, key(), seconds=10, before=BEFORE)("median_tpot_ms") == NOISE_PRIORS["cuda"]
+
+
+def test_short_starts_are_assumed_to_spread_more() -> None:
+    prior = start_priors(None, key(), seconds=0.4, before=BEFORE)("median_tpot_ms")
+    longer = start_priors(None, key(), seconds=60, before=BEFORE)("median_tpot_ms")
+
+    assert prior.start_sd == pytest.approx(0.075)  # 1.5 % times the square root of 10 s / 0.4 s
+    assert prior.source == "the documented prior for starts that measure less than 10 s"
+    assert longer == NOISE_PRIORS["cuda"]
+
+
+def test_stored_starts_that_are_few_are_weighed_with_the_spread_of_short_ones() -> None:
+    store = stored([0.98, 1.0, 1.02])
+    short, long = (start_priors(store, key(), seconds=s, before=BEFORE)("median_tpot_ms") for s in (2.5, 10))
+
+    assert short.start_sd**2 - long.start_sd**2 == pytest.approx(4 * (0.03**2 - 0.015**2) / 6)
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------
