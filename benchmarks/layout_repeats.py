@@ -67,23 +67,18 @@ def main() -> None:
         (folder / "pytest.ini").write_text("[pytest]\n")
         for number in range(arguments.runs):
             records = compare(folder, arguments.model.resolve(), layouts if number % 2 == 0 else layouts[::-1])
-            seconds = [run["duration"] for record in records for run in record.get("runs", ())]
-            tables = [record for record in records if record["kind"] == "comparison"]
-            for row in (row for table in tables for row in table["rows"]):
-                rates[row["layout"]].append(row["figures"]["request_throughput"]["value"])
-            found = ", ".join(
-                f"{row['layout']} {row['figures']['request_throughput']['value']:.1f}"
-                for table in tables
-                for row in table["rows"]
-            )
-            named = " or ".join(name for table in tables for name in sorted(table["advice"]["winners"]["throughput"]))
-            print(
-                f"{number + 1}: {fmean(seconds):.2g} s a start, req/s: {found or 'nothing sound to compare'}; "
-                f"for throughput: {named or 'nobody'}",
-                flush=True,
-            )
-            if tables:
-                print(f"   {tables[0]['advice']['reasons'][-1]}", flush=True)
+            table = next((record for record in records if record["kind"] == "comparison"), None)
+            if table is None:
+                print(f"{number + 1}: no two layouts with sound numbers", flush=True)
+                continue
+            found = {row["layout"]: row["figures"]["request_throughput"]["value"] for row in table["rows"]}
+            for layout, rate in found.items():
+                rates[layout].append(rate)
+            seconds = fmean(run["duration"] for record in records for run in record.get("runs", ()))
+            told = ", ".join(f"{layout} {rate:.1f}" for layout, rate in found.items())
+            named = " or ".join(sorted(table["advice"]["winners"]["throughput"]))
+            print(f"{number + 1}: {seconds:.2g} s a start, req/s: {told}; for throughput: {named}")
+            print(f"   {table['advice']['reasons'][-1]}", flush=True)
     for layout, values in rates.items():
         if len(values) > 1:
             spread = stdev(map(math.log, values))

@@ -31,12 +31,12 @@ from pytest_gpulayout.verdict import Status, Verdict
 
 if TYPE_CHECKING:
     from pytest_gpulayout.baseline import BaselineKey
+    from pytest_gpulayout.judging import PriorOf
     from pytest_gpulayout.layout import Layout
     from pytest_gpulayout.live import LiveLine
     from pytest_gpulayout.measurement import Measurement
     from pytest_gpulayout.performance import Performance
     from pytest_gpulayout.ports import BaselineStore, ServerSpec
-    from pytest_gpulayout.relative import PriorOf
     from pytest_gpulayout.report import Record
     from pytest_gpulayout.servers import ServerOwner
     from pytest_gpulayout.settings import Settings

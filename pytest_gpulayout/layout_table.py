@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_gpulayout.baseline import BaselineKey, fold_batches, is_measurement
+from pytest_gpulayout.judging import PriorOf
 from pytest_gpulayout.layout import Layout, parse_layout
 from pytest_gpulayout.metrics import METRICS, TAIL_REQUESTS
 from pytest_gpulayout.relative import (
     PER_UNIT,
-    PriorOf,
     inverse,
     level_of,
     load_differences,

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_gpulayout.baseline import Baseline, BaselineKey, is_measurement
 from pytest_gpulayout.errors import BaselineError, LayoutSyntaxError, MeasurementError
 from pytest_gpulayout.gated import documented_prior
-from pytest_gpulayout.judging import load_baseline, undisturbed
+from pytest_gpulayout.judging import PriorOf, load_baseline, undisturbed
 from pytest_gpulayout.layout import Layout, parse_layout
 from pytest_gpulayout.metrics import SERVING
 from pytest_gpulayout.pairs import MOST_STORED_DF, spread_of_starts
@@ -145,10 +145,6 @@ def number_of(log: float) -> float:
     return math.exp(max(-LARGEST_LOG, min(log, LARGEST_LOG)))
 
 
-PriorOf = Callable[[str], NoisePrior]
-"""What is assumed of the spread between starts, by metric."""
-
-
 PRIOR_SECONDS = 10.0
 """How long a start has to measure for the documented spread to hold. A machine is faster in one second than in the
 next, so shorter starts spread more: about by the square root (docs/comparing-layouts.md has the figures)."""
@@ -160,7 +156,7 @@ def start_priors(store: BaselineStore | None, key: BaselineKey, *, seconds: floa
     That of its stored starts, with the documented one until they are enough to tell by themselves.
 
     :param store: where sessions of this key may be; their spread is used, never their level.
-    :param seconds: that a start has measured, more than 0; below :data:`PRIOR_SECONDS` more spread is assumed.
+    :param seconds: that a start has measured; below :data:`PRIOR_SECONDS` more spread is assumed. 0 for no start.
     :param before: UTC, ISO 8601; sessions that were stored later may hold the very starts that are compared.
     """
     documented = _at(seconds, documented_prior(key))
@@ -190,7 +186,7 @@ def start_priors(store: BaselineStore | None, key: BaselineKey, *, seconds: floa
 
 
 def _at(seconds: float, prior: NoisePrior) -> NoisePrior:
-    if seconds >= PRIOR_SECONDS:
+    if not 0 < seconds < PRIOR_SECONDS:
         return prior
     return replace(
         prior,

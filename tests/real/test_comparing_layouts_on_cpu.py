@@ -113,4 +113,4 @@ def test_the_advice_is_right_for_this_machine(comparison: dict[str, Any], run: t
     assert winners["cost per request"] == winners["throughput"]  # the machine is the same
     assert all(rates[layout] > max(rates.values()) / 3 for layout in winners["throughput"])
     assert f"  advice: {comparison['advice']['sentence']}" in result.stdout.splitlines()
-    assert "the documented prior" in comparison["advice"]["reasons"][-1]
+    assert "the documented prior for starts that measure less than 10 s, " in comparison["advice"]["reasons"][-1]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.real.conftest import Gate, one_core_each
+from pytest_gpulayout.adapters.process_table import title_of
+from tests.real.conftest import Gate, one_core_each, shared_memory
 from tests.support.namespaces import Namespace, two_namespaces
 from tests.support.processes import processes_marked, wait_until
 
@@ -83,10 +82,6 @@ def assert_nothing_is_left(gate: Gate, before: set[str]) -> None:
     assert shared_memory() <= before
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
 def test_two_hosts_pass_the_same_gate_but_for_the_transport_which_makes_them_slow(
     gate: Gate, hosts: tuple[Namespace, Namespace]
 ) -> None:
@@ -110,7 +105,10 @@ def test_two_hosts_pass_the_same_gate_but_for_the_transport_which_makes_them_slo
     assert [node["ranks"] for node in server["nodes"]] == [[0], [1]]
     assert f"--master-addr {head.address}" in " ".join(server["command"])
     assert "--host 127.0.0.1" in " ".join(server["command"])
-    assert all(run["gpulayout"]["telemetry"]["devices"] for run in runs_of(gate))
+    runs = {record["layout"]: record["runs"] for record in gate.records("performance")}
+    assert set(runs) == {"tp2", "tp2@2"}
+    for (run,) in runs.values():
+        assert run["gpulayout"]["telemetry"]["devices"]
     (comparison,) = gate.records("comparison")
     assert {row["layout"]: row["transport"] for row in comparison["rows"]} == {"tp2": "CPU/SHM", "tp2@2": "CPU/GLOO"}
     advice = comparison["advice"]
@@ -118,17 +116,6 @@ def test_two_hosts_pass_the_same_gate_but_for_the_transport_which_makes_them_slo
         assert "the 2 ranks of tp2@2 exchange data in every step" in advice["sentence"]
         assert "over the network of 2 nodes by CPU/GLOO" in advice["sentence"]
     assert_nothing_is_left(gate, before)
-
-
-def runs_of(gate: Gate) -> list[dict[str, Any]]:
-    return [run for record in gate.records("performance") for run in record["runs"]]
-
-
-def title_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def test_host_whose_part_ends_under_load_is_named_in_time(gate: Gate, hosts: tuple[Namespace, Namespace]) -> None:
